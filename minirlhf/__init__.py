@@ -1,0 +1,1 @@
+"""minirlhf: a from-scratch, readable reference implementation of RLHF."""

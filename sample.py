@@ -1,0 +1,130 @@
+"""Use a model: complete a prompt, chat in the terminal, or write K samples per prompt to a file.
+
+    python sample.py --prompt "What does a cow say?"
+    python sample.py --chat
+    python sample.py --prompts data/toy/prompts.jsonl --num_samples 4 --save out/samples.jsonl
+
+The file of samples is what annotators, best-of-K selection and evaluation read: each row of the
+prompts file with "samples": [{"text", "ended"}, ...] added.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from minirlhf.batches import encode_prompts
+from minirlhf.config import UserError, command_line
+from minirlhf.formats import read_prompts, write_jsonl
+from minirlhf.generate import generate
+from minirlhf.runs import load_model, pick_device, pick_dtype
+
+
+@dataclass
+class Config:
+    model: str = "out/sft"  # run folder of the model
+    prompt: str = ""  # one user message to answer
+    system: str = ""  # a standing instruction before it
+    chat: bool = False  # hold a conversation in the terminal
+    prompts: str = ""  # a file of prompts to answer
+    save: str = ""  # where to write the samples of --prompts
+    plain: bool = False  # treat the prompt as plain text to go on with (for a base model)
+    num_samples: int = 1  # samples for each prompt
+    max_new_tokens: int = 48  # longest response in tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # sample among the k likeliest tokens (0: all)
+    top_p: float = 1.0  # sample within the likeliest tokens of this mass (1: all)
+    batch_size: int = 256  # sequences per batch
+    limit: int = 0  # answer only the first so many prompts (0: all)
+    seed: int = 0  # of the sampling
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16, of the matrix products
+    threads: int = 1  # CPU threads
+
+
+def sample_prompts(model, prompts, stop_ids, cfg, generator, num_samples=1):
+    """num_samples responses for each prompt (lists of ids): a list of [(ids, ended), ...] a prompt.
+
+    Prompts are batched by length, longest first, so that a batch has little filler and a lack of
+    memory shows at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    work = [i for i in order for _ in range(num_samples)]
+    results = [[] for _ in prompts]
+    dtype = pick_dtype(cfg.dtype, model.trunk.wte.weight.device)
+    starts = range(0, len(work), cfg.batch_size)
+    for start in tqdm(starts, desc="sampling", disable=not sys.stderr.isatty()):
+        batch = work[start : start + cfg.batch_size]
+        with torch.autocast(generator.device.type, dtype, enabled=dtype != torch.float32):
+            rollout = generate(model, [prompts[i] for i in batch], cfg.max_new_tokens, stop_ids,
+                               cfg.temperature, cfg.top_k, cfg.top_p, generator)
+        for i, ids, ended in zip(batch, rollout.responses(), rollout.ended.tolist()):
+            results[i].append((ids, ended))
+    return results
+
+
+def chat(model, tokenizer, cfg, generator):
+    """Read user turns from the terminal until an empty line; the oldest turns leave a full context."""
+    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    turns = []
+    print("An empty line ends the conversation.")
+    while True:
+        try:
+            text = input("you: ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        turns.append({"role": "user", "content": text})
+        room = model.cfg.block_size - cfg.max_new_tokens
+        while len(turns) > 1 and len(tokenizer.encode_prompt(start + turns)) > room:
+            turns = turns[2:]
+        (prompt,) = encode_prompts(tokenizer, [{"messages": start + turns}], model.cfg.block_size,
+                                   "this conversation")
+        ids, _ = sample_prompts(model, [prompt], [tokenizer.end_id], cfg, generator)[0][0]
+        answer = tokenizer.decode_response(ids)
+        print(f"assistant: {answer}")
+        turns.append({"role": "assistant", "content": answer})
+
+
+def main(cfg):
+    if not (cfg.prompt or cfg.chat or cfg.prompts):
+        raise UserError("nothing to do; give --prompt TEXT, --chat, or --prompts FILE --save FILE")
+    if bool(cfg.prompts) != bool(cfg.save):
+        raise UserError("--prompts FILE and --save FILE go together")
+    if cfg.threads > 0:
+        torch.set_num_threads(cfg.threads)
+    rows = read_prompts(cfg.prompts) if cfg.prompts else []
+    rows = rows[: cfg.limit or None]
+    device = pick_device(cfg.device)
+    model, tokenizer = load_model(cfg.model, device=device)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+
+    if cfg.chat:
+        return chat(model, tokenizer, cfg, generator)
+    if cfg.plain:
+        ids = tokenizer.encode(cfg.prompt)
+        for response, _ in sample_prompts(model, [ids], [tokenizer.end_id], cfg, generator,
+                                          cfg.num_samples)[0]:
+            print(cfg.prompt + tokenizer.decode(response) + "\n")
+        return
+    if cfg.prompt:
+        start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        rows = [{"messages": start + [{"role": "user", "content": cfg.prompt}]}]
+    prompts = encode_prompts(tokenizer, rows, model.cfg.block_size, cfg.prompts or "--prompt")
+    results = sample_prompts(model, prompts, [tokenizer.end_id], cfg, generator, cfg.num_samples)
+    for row, samples in zip(rows, results):
+        row["samples"] = [{"text": tokenizer.decode_response(ids), "ended": ended}
+                          for ids, ended in samples]
+    if cfg.prompt:
+        print("\n".join(sample["text"] for sample in rows[0]["samples"]))
+        return
+    write_jsonl(cfg.save, [{**row.pop("meta", {}), **row} for row in rows])
+    ended = [sample["ended"] for row in rows for sample in row["samples"]]
+    print(f"{cfg.save}: {len(ended):,} samples of {len(rows):,} prompts, "
+          f"{100 * sum(ended) / len(ended):.1f}% ended")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

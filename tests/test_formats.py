@@ -1,0 +1,292 @@
+"""formats.py: every accepted shape gives the one canonical row, everything else one clear error."""
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirlhf import formats
+from minirlhf.config import UserError
+
+USER = {"role": "user", "content": "Name a colour."}
+ASSISTANT = {"role": "assistant", "content": "Green."}
+DOG = {"role": "assistant", "content": "Dog."}
+SYSTEM = {"role": "system", "content": "Answer in capitals."}
+
+
+def hh(*turns):
+    """A transcript in hh-rlhf's way of writing."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def write(tmp_path, *rows, name="rows.jsonl"):
+    """Write rows as JSONL; a string goes to the file as it is."""
+    path = tmp_path / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n"
+                            for row in rows), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- accepted shapes
+
+def test_demonstrations_in_both_shapes(tmp_path):
+    path = write(tmp_path, {"messages": [SYSTEM, USER, ASSISTANT], "skill": "colours"},
+                 {"instruction": "Turn it round.", "input": "top", "output": "pot",
+                  "history": [["Hi.", "Hello."]]},
+                 {"instruction": "Say hi.", "input": "", "output": "Hi."})
+    first, second, third = formats.read_demonstrations(path)
+    assert first == {"messages": [SYSTEM, USER, ASSISTANT], "meta": {"skill": "colours"}}
+    assert second["messages"] == [
+        {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Turn it round.\ntop"},
+        {"role": "assistant", "content": "pot"}]
+    assert second["meta"] == {}
+    assert [message["content"] for message in third["messages"]] == ["Say hi.", "Hi."]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Dog."},
+    {"messages": [USER], "chosen": "Green.", "rejected": "Dog."},
+    {"prompt": [USER], "chosen": "Green.", "rejected": "Dog."},
+    {"query": "Name a colour.", "chosen": "Green.", "rejected": "Dog."},
+    {"instruction": "Name a colour.", "input": "", "chosen": "Green.", "rejected": "Dog."},
+    {"prompt": "Name a colour.", "chosen": ASSISTANT, "rejected": [DOG]},
+    {"chosen": [USER, ASSISTANT], "rejected": [USER, DOG]},
+    {"prompt": "Name a colour.", "chosen": [USER, ASSISTANT], "rejected": "Dog."},
+    {"chosen": hh("Name a colour.", "Green."), "rejected": hh("Name a colour.", "Dog.")},
+    {"prompt": "\n\nHuman: Name a colour.\n\nAssistant:", "chosen": "Green.", "rejected": "Dog."},
+    {"prompt": "Name a colour.", "output": ["Green.", "Dog."]},
+])
+def test_every_shape_of_a_pair_gives_the_same_row(row):
+    assert formats.parse_preference(row) == {
+        "messages": [USER], "answers": ["Green.", "Dog."], "ranks": [0, 1], "grades": None,
+        "meta": {}}
+
+
+def test_ranked_list_keeps_ties_and_grades():
+    row = {"prompt": "Hi.", "output": ["a", "b", "c"], "ranks": [0, 1, 1], "safety": [True] * 3,
+           "grades": [[0, "better", "significantly"], [1, 0, "negligible"], [3, 3, 0]]}
+    parsed = formats.parse_preference(row)
+    assert parsed["ranks"] == [0, 1, 1]
+    assert parsed["grades"] == [[0, 2, 3], [0, 0, 0], [0, 0, 0]]  # below the diagonal is cleared
+    assert parsed["meta"] == {"safety": [True] * 3}
+
+
+@pytest.mark.parametrize("grade, number", [("significantly", 3), ("better", 2), ("slightly", 1),
+                                           ("negligible", 0), (3, 3), (0, 0)])
+def test_rating_of_a_pair(grade, number):
+    row = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": grade}
+    assert formats.parse_preference(row)["grades"] == [[0, number], [0, 0]]
+
+
+def test_transcript_with_a_repeated_speaker_is_one_turn():
+    text = "\n\nHuman: Hi \n\nAssistant: One.\n\nAssistant: Two.\n\nHuman: More\n\nAssistant: No"
+    assert [m["content"] for m in formats.transcript_messages(text)] == [
+        "Hi", "One.\n\nTwo.", "More", "No"]
+
+
+def test_output_beside_chosen_is_an_extra_key():
+    row = {"instruction": "Hi.", "output": "plain", "chosen": "polite", "rejected": "rude"}
+    parsed = formats.parse_preference(row)
+    assert parsed["answers"] == ["polite", "rude"] and parsed["meta"] == {"output": "plain"}
+
+
+def test_prompts(tmp_path):
+    path = write(tmp_path, {"prompt": "Hi.", "answer": "Hello."}, {"messages": [USER], "id": 7},
+                 {"messages": [USER], "answer": None, "meta": {"a": 1}, "b": 2})
+    rows = formats.read_prompts(path)
+    assert [row["answer"] for row in rows] == ["Hello.", None, None]
+    assert [row["meta"] for row in rows] == [{}, {"id": 7}, {"a": 1, "b": 2}]
+
+
+def test_samples_survive_writing_and_reading(tmp_path):
+    samples = [{"text": "Blue", "ended": True, "num_tokens": 2}, {"text": "", "ended": True}]
+    row = {"messages": [USER], "answer": None, "samples": samples, "meta": {"task": {"skill": "x"}}}
+    path = tmp_path / "new" / "samples.jsonl.gz"
+    assert formats.write_jsonl(path, [row]) == 1
+    assert formats.read_samples(path) == [row]
+
+
+def test_canonical_prompts_and_demonstrations_read_back_as_they_are(tmp_path):
+    for read, row in [(formats.read_prompts, {"prompt": "Hi", "tag": 1}),
+                      (formats.read_demonstrations, {"messages": [USER, ASSISTANT], "tag": 1})]:
+        once = read(write(tmp_path, row))
+        formats.write_jsonl(tmp_path / "again.jsonl", once)
+        assert read(tmp_path / "again.jsonl") == once
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text.strip()))
+def test_any_text_round_trips_unchanged(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    message = {"role": "user", "content": text}
+    formats.write_jsonl(path, [{"messages": [message]}])
+    assert formats.read_prompts(path)[0]["messages"] == [message]
+
+
+def test_text_files(tmp_path):
+    plain = write(tmp_path, "one\n\ntwo\r", "", name="a.txt")
+    assert formats.read_text(plain) == "one\n\ntwo\n"
+    stories = tmp_path / "b.txt.gz"
+    stories.write_bytes(gzip.compress(b"one\n\n  more\n<|endoftext|>\n\n<|endoftext|>two\n"))
+    assert formats.read_text(stories) == "one\n  more\n\ntwo\n"
+    assert formats.read_text(write(tmp_path, {"text": "one\n\nmore"}, {"text": "two"})) == (
+        "one\nmore\n\ntwo\n")
+
+
+# ---------------------------------------------------------------- refused rows
+
+def check_refused(read, path, *parts):
+    with pytest.raises(ValueError) as caught:
+        read(path)
+    message = str(caught.value)
+    for part in (path.name, *parts):
+        assert part in message, message
+    assert "\n" not in message and len(message) < 500
+
+
+GOOD = {"demonstrations": {"messages": [USER, ASSISTANT]}, "prompts": {"prompt": "Hi."},
+        "preferences": {"prompt": "Hi.", "chosen": "a", "rejected": "b"},
+        "samples": {"prompt": "Hi.", "samples": [{"text": "a", "ended": True}]}}
+
+
+@pytest.mark.parametrize("kind, row, found", [
+    ("demonstrations", {"text": "Hi."}, "the keys text"),
+    ("demonstrations", {"messages": [USER]}, "found user"),
+    ("demonstrations", {"messages": []}, "found []"),
+    ("demonstrations", {"messages": "Hi."}, "found Hi."),
+    ("demonstrations", {"messages": [ASSISTANT, USER]}, "in message 1, found assistant"),
+    ("demonstrations", {"messages": [USER, USER, ASSISTANT]}, "in message 2, found user"),
+    ("demonstrations", {"messages": [USER, SYSTEM, ASSISTANT]}, "in message 2, found system"),
+    ("demonstrations", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "found system"),
+    ("demonstrations", {"messages": [USER, {"role": "bot", "content": "Hi."}]}, "found bot"),
+    ("demonstrations", {"messages": [USER, {"role": ["assistant"], "content": "a"}]}, "message 2"),
+    ("demonstrations", {"messages": [USER, {"role": "assistant"}]}, "message 2"),
+    ("demonstrations", {"messages": [USER, {**ASSISTANT, "content": " \n"}]}, "have text"),
+    ("demonstrations", {"messages": [USER, {**ASSISTANT, "content": 7}]}, "found 7"),
+    ("demonstrations", {"messages": [USER, {**ASSISTANT, "content": "\ud83d"}]}, "characters"),
+    ("demonstrations", {"instruction": "Hi.", "output": ""}, "output to have text"),
+    ("demonstrations", {"instruction": 3, "output": "a"}, "instruction"),
+    ("demonstrations", {"instruction": "Hi.", "output": "a", "history": ["Hi."]}, "history"),
+    ("demonstrations", {"instruction": "Hi.", "output": "a", "history": [["", "b"]]}, "message 1"),
+    ("demonstrations", {"instruction": "Hi.", "output": "a", "history": 5}, "found 5"),
+    ("demonstrations", {"messages": "one\ntwo"}, "found one two"),
+    ("demonstrations", {"messages": [USER, ASSISTANT], "meta": 3}, "meta"),
+    ("prompts", {"question": "Hi."}, "the keys question"),
+    ("prompts", {"query": "Hi."}, "the keys query"),
+    ("prompts", {"prompt": "Hi.", "messages": [USER]}, "exactly one"),
+    ("prompts", {"prompt": ""}, "have text"),
+    ("prompts", {"prompt": None}, "found null"),
+    ("prompts", {"messages": [USER, ASSISTANT]}, "found assistant"),
+    ("prompts", {"prompt": "Hi.", "answer": 4}, "answer to be a string, found 4"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a"}, "the keys prompt, chosen"),
+    ("preferences", {"prompt": "Hi.", "output": ["a"]}, "two or more"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": " "}, "answer to have text"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": None}, "found null"),
+    ("preferences", {"chosen": "a", "rejected": "b"}, "a prompt under"),
+    ("preferences", {"chosen": hh("q", "a"), "rejected": "b"}, "a prompt under"),
+    ("preferences", {"chosen": hh("q", "a"), "rejected": hh("p", "b")}, "two that differ"),
+    ("preferences", {"prompt": "p", "chosen": hh("q", "a"), "rejected": "b"}, "two that differ"),
+    ("preferences", {"chosen": hh("q"), "rejected": hh("q", "b")}, "assistant"),
+    ("preferences", {"chosen": hh("q", ""), "rejected": hh("q", "b")}, "have text"),
+    ("preferences", {"prompt": "Hi.", "chosen": USER, "rejected": "b"}, "found user"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": 4}, "found 4"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": True}, "true"),
+    ("preferences", {"prompt": "Hi.", "output": ["a", "b", "c"], "rating": 3}, "pair"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": 3, "grades": []},
+     "remove one"),
+    ("preferences", {"prompt": "Hi.", "output": ["a", "b"], "ranks": [1, 0]}, "never fall"),
+    ("preferences", {"prompt": "Hi.", "output": ["a", "b"], "ranks": [0]}, "found [0]"),
+    ("preferences", {"prompt": "Hi.", "output": ["a", "b"], "grades": [[0, 1]]}, "2 lists of 2"),
+    ("samples", {"prompt": "Hi."}, "samples"),
+    ("samples", {"prompt": "Hi.", "samples": []}, "samples"),
+    ("samples", {"prompt": "Hi.", "samples": [{"text": "a"}]}, "ended"),
+])
+def test_refused_rows_name_line_and_finding(tmp_path, kind, row, found):
+    read = getattr(formats, f"read_{kind}")
+    check_refused(read, write(tmp_path, GOOD[kind], row, GOOD[kind]), "line 2: expected", found)
+
+
+KEYS = ["prompt", "messages", "query", "instruction", "input", "output", "history", "chosen",
+        "rejected", "rating", "grades", "ranks", "answer", "samples", "meta", "role", "content"]
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-1, 4), st.floats(), st.text(max_size=3),
+              st.sampled_from(["user", "assistant", "system", "Hi.", hh("q", "a"), "better"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3),
+                            st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)),
+    max_leaves=12)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6))
+def test_any_json_object_is_read_or_refused(row):
+    """Whatever stands in a row, a reader gives its row or a UserError, never another exception."""
+    for parse in (formats.parse_demonstration, formats.parse_preference, formats.parse_prompt,
+                  formats.parse_samples):
+        try:
+            assert parse(row)["messages"][-1]["content"].strip()
+        except UserError as error:
+            assert str(error).startswith("expected ") and "\n" not in str(error)
+
+
+READERS = [formats.read_demonstrations, formats.read_preferences, formats.read_prompts,
+           formats.read_samples]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_refused_files(tmp_path, read):
+    kind = read.__name__.removeprefix("read_")
+    good = GOOD[kind]
+    check_refused(read, tmp_path / "nowhere.jsonl", "no such file")
+    check_refused(read, write(tmp_path, name="empty.jsonl"), "empty file")
+    check_refused(read, write(tmp_path, "", "  ", name="blank.jsonl"), "blank lines")
+    check_refused(read, write(tmp_path, *[good] * 6, '{"prompt": "Hi'), "line 7", "broken JSON")
+    check_refused(read, write(tmp_path, good, "[1, 2]"), "line 2", "found a list")
+    check_refused(read, write(tmp_path, good, name="rows.csv"), ".jsonl")
+    check_refused(read, tmp_path, "name in .jsonl")
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    check_refused(read, folder, "readable file")
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(good).encode() + b'\n{"prompt": "caf\xe9"}\n')
+    check_refused(read, path, "line 2", "UTF-8")
+
+
+@pytest.mark.parametrize("read", READERS + [formats.read_text])
+def test_refused_gzip(tmp_path, read):
+    whole = gzip.compress("\n".join(json.dumps({"text": str(i)}) for i in range(9999)).encode())
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(b'{"text": "Hi."}\n')
+    check_refused(read, path, "gzip")
+    if read is formats.read_text:
+        path.write_bytes(whole[:len(whole) // 2])
+        check_refused(read, path, "gzip", "breaks off")
+
+
+def test_refused_text(tmp_path):
+    check_refused(formats.read_text, write(tmp_path, "x", name="a.md"), ".txt or .jsonl")
+    check_refused(formats.read_text, write(tmp_path, "", "", name="a.txt"), "white space only")
+    check_refused(formats.read_text, write(tmp_path, "<|endoftext|>", name="b.txt"), "white space")
+    check_refused(formats.read_text, write(tmp_path, {"txt": "x"}), "line 1", '"text"')
+
+
+def test_blank_lines_are_passed_over_but_counted_in_line_numbers(tmp_path):
+    path = write(tmp_path, {"prompt": "Hi."}, "", {"prompt": "Ho."}, "")
+    assert len(formats.read_prompts(path)) == 2
+    check_refused(formats.read_prompts, write(tmp_path, {"prompt": "Hi."}, "", {"x": 1}), "line 3")
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    """An interrupted stage must not leave half a file that the next one takes for the whole."""
+    path = tmp_path / "rows.jsonl"
+    formats.write_jsonl(path, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        formats.write_jsonl(path, rows())
+    assert path.read_text() == '{"a": 1}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]

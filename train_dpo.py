@@ -1,0 +1,206 @@
+"""Direct preference optimisation (DPO): learn from preferences without a reward model.
+
+The policy's own log-ratio to the reference, beta * (log pi - log pi_ref), is the reward; a pair's
+loss is -log sigmoid of the difference of the two rewards (arXiv 2305.18290). The reference's
+log-probs never change, so they are computed once, before training.
+
+Left out on purpose: its many relatives, a reference that moves, mixing in an SFT loss.
+
+On CPU:  python train_dpo.py
+On GPU:  python train_dpo.py --init out/my_sft --data my_preferences.jsonl --batch_size 64
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from minirlhf.batches import encode_answer, epoch_batches, fit, pad_right, shifted_mask
+from minirlhf.config import UserError, command_line
+from minirlhf.formats import read_preferences
+from minirlhf.losses import dpo_loss
+from minirlhf.masked import sequence_logprobs, token_logprobs
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.runs import frozen, start_run
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # run folder of the SFT model: the policy's start, and the reference
+    data: str = "data/toy/preferences.jsonl"  # pairs or ranked lists, any accepted format
+    out: str = "out/dpo"  # the run's folder
+    num_epochs: int = 1  # passes over the pairs
+    batch_size: int = 32  # pairs per optimizer step
+    micro_batch_size: int = 0  # pairs per forward pass (0: the whole batch)
+    pairs: str = "best_worst"  # of a ranked list take: best_worst | all
+    lr: float = 3e-4  # peak learning rate
+    warmup: int = 20  # steps until the peak
+    final_lr: float = 0.05  # last learning rate, as a share of the peak
+    weight_decay: float = 0.0  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+    beta: float = 0.1  # scale of the implicit reward; smaller lets the policy move further
+    label_smoothing: float = 0.0  # share of labels believed to be flipped
+    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    held_out: float = 0.1  # share of the prompts kept for evaluation
+    eval_every: int = 50  # steps between evaluations
+    save_every: int = 100  # steps between checkpoints
+    seed: int = 0  # of the data order
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
+    threads: int = 1  # CPU threads; one is the most efficient at this size
+    resume: bool = False  # go on with the run in out
+    overwrite: bool = False  # start anew where out holds a run
+
+
+def encode(rows, tokenizer, max_len, cfg):
+    """Rows -> [{"chosen": (ids, mask), "rejected": (ids, mask), "prompt": text}], one per pair.
+
+    Pairs that are identical, or become so when cut, carry no preference: dropped and counted.
+    """
+    if cfg.pairs not in ("best_worst", "all"):
+        raise UserError(f"--pairs {cfg.pairs}: expected best_worst or all")
+    pairs, same, too_long = [], 0, 0
+    for number, row in enumerate(rows):
+        answers = [fit(*encode_answer(tokenizer, row["messages"], answer), max_len, cfg.too_long,
+                       f"{cfg.data}, row {number + 1}, answer {k + 1}")
+                   for k, answer in enumerate(row["answers"])]
+        K = len(answers)
+        couples = [(i, j) for i in range(K) for j in range(K) if row["ranks"][i] < row["ranks"][j]]
+        if cfg.pairs == "best_worst":
+            couples = [(0, K - 1)] if (0, K - 1) in couples else []
+        for i, j in couples:
+            if answers[i] is None or answers[j] is None:
+                too_long += 1
+            elif answers[i][0] == answers[j][0]:
+                same += 1
+            else:
+                prompt = "\n".join(m["content"] for m in row["messages"])
+                pairs.append({"chosen": answers[i], "rejected": answers[j], "prompt": prompt})
+    print(f"data   | {len(pairs):,} pairs of {cfg.data}; left out: {same} identical, "
+          f"{too_long} longer than {max_len} tokens")
+    return pairs
+
+
+def make_batch(pairs, device):
+    """-> tokens (2B, T), mask (2B, T-1): the B chosen answers, then the B rejected ones."""
+    both = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    tokens, _ = pad_right([ids for ids, _ in both], device)
+    return tokens, shifted_mask([mask for _, mask in both], tokens.shape[1], device)
+
+
+def pair_logps(model, tokens, mask):
+    """Summed response log-probs in nats: (chosen_logps (B,), rejected_logps (B,)).
+
+    One forward pass for both halves: half the overhead, and equal dropout state.
+    """
+    logits = model(tokens)  # (2B, T, V)
+    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (2B, T-1)
+    return sequence_logprobs(logprobs, mask).chunk(2)
+
+
+@torch.no_grad()
+def add_reference(reference, pairs, run):
+    """Store each pair's two reference log-probs in it, once and for all."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen"][0]))
+    for start in tqdm(range(0, len(order), 64), desc="reference", disable=not sys.stderr.isatty()):
+        part = [pairs[i] for i in order[start : start + 64]]
+        with run.autocast():
+            chosen, rejected = pair_logps(reference, *make_batch(part, run.device))
+        for pair, c, r in zip(part, chosen.tolist(), rejected.tolist()):
+            pair["ref_chosen_logp"], pair["ref_rejected_logp"] = c, r
+
+
+def loss_of(model, pairs, cfg, run):
+    """Per-pair losses (B,) in nats, and what is logged of them, each (B,)."""
+    tokens, mask = make_batch(pairs, run.device)
+    with run.autocast():
+        chosen_logps, rejected_logps = pair_logps(model, tokens, mask)  # (B,), (B,)
+    ref_chosen_logps = torch.tensor([p["ref_chosen_logp"] for p in pairs], device=run.device)
+    ref_rejected_logps = torch.tensor([p["ref_rejected_logp"] for p in pairs], device=run.device)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, cfg.beta,
+        cfg.label_smoothing)  # each (B,)
+    margin = chosen_rewards - rejected_rewards  # (B,)
+    return losses, {"chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
+                    "margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0),
+                    "chosen_logp": chosen_logps.detach(), "rejected_logp": rejected_logps.detach()}
+
+
+@torch.no_grad()
+def evaluate(model, pairs, cfg, run):
+    """Mean held-out loss and statistics over all pairs."""
+    model.eval()
+    totals = {}
+    for start in range(0, len(pairs), 64):
+        losses, stats = loss_of(model, pairs[start : start + 64], cfg, run)
+        for name, values in {"val_loss": losses, **stats}.items():
+            totals[name] = totals.get(name, 0) + values.sum().item()
+    model.train()
+    return {name: total / len(pairs) for name, total in totals.items()}
+
+
+def main(cfg):
+    # 1. Set-up: the folder, the SFT model's checkpoint and tokenizer.
+    run = start_run(cfg, needs={"init": "sft"})
+
+    # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
+    rows = read_preferences(cfg.data)
+    model, reference = run.model("init"), frozen(run.model("init"))
+    pairs = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
+    distinct = sorted({pair["prompt"] for pair in pairs})
+    shuffled = torch.randperm(len(distinct), generator=run.data_order).tolist()
+    kept_out = {distinct[i] for i in shuffled[: max(1, int(cfg.held_out * len(distinct)))]}
+    held_out = [pair for pair in pairs if pair["prompt"] in kept_out]
+    train = [pair for pair in pairs if pair["prompt"] not in kept_out]
+    if not train or not held_out:
+        raise UserError(f"{cfg.data}: {len(pairs)} pairs are too few to train on")
+    lengths = [max(len(pair["chosen"][0]), len(pair["rejected"][0])) for pair in train]
+    batches = [batch for _ in range(cfg.num_epochs)
+               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
+    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
+
+    # 3. Model, reference and optimizer.
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
+
+    def largest_batch():
+        longest = {**train[lengths.index(max(lengths))], "ref_chosen_logp": 0.0,
+                   "ref_rejected_logp": 0.0}
+        loss_of(model, [longest] * min(micro, cfg.batch_size), cfg, run)[0].mean().backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
+    add_reference(reference, pairs, run)
+    first_step = run.restore(model=model, optimizer=optimizer)
+
+    # 4. The loop.
+    model.train()
+    num_tokens = 0
+    for step in range(first_step + 1, num_steps + 1):
+        batch = [train[i] for i in batches[step - 1]]
+        set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        loss = 0.0
+        for start in range(0, len(batch), micro):
+            losses, _ = loss_of(model, batch[start : start + micro], cfg, run)  # (b,)
+            micro_loss = losses.sum() / len(batch)  # pairs weigh the same, however they are split
+            run.scaler.scale(micro_loss).backward()
+            loss += micro_loss.item()
+        num_tokens += sum(len(p["chosen"][0]) + len(p["rejected"][0]) for p in batch)
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % cfg.eval_every == 0 or step == num_steps:
+            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            num_tokens = 0
+        if step % cfg.save_every == 0 or step == num_steps:
+            run.save(step, model=model, optimizer=optimizer)
+    return run.history
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -1,0 +1,270 @@
+"""PPO: sample, score, KL reward, advantage, clipped loss, value loss, line by line.
+
+Each iteration samples one response per prompt from the policy, lets the frozen reward model score
+it, charges for every nat that the policy has moved away from the frozen reference (the SFT model),
+spreads the result over the tokens with GAE, and takes a few epochs of clipped gradient steps.
+
+The structure follows "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031): KL in the
+reward, gamma 1, lambda 0.95, clips 0.2, Adam eps 1e-5, one temperature for sampling and scoring,
+whitened advantages, a fixed score for responses that never end. Every tensor is aligned to one
+grid: column t of a (B, T-1) tensor speaks of emitting tokens[:, t+1], and is exactly 0 outside
+response_mask.
+
+Left out on purpose: several GPUs, an inference engine of its own, mixing in pretraining gradients.
+
+On CPU:  python train_ppo.py
+On GPU:  python train_ppo.py --init out/my_sft --reward_model out/my_rm --prompts my_prompts.jsonl
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.batches import encode_prompts, response_mask
+from minirlhf.config import command_line
+from minirlhf.formats import read_prompts
+from minirlhf.generate import generate
+from minirlhf.losses import ppo_policy_loss, ppo_value_loss
+from minirlhf.masked import entropy, masked_mean, masked_sum, masked_var, masked_whiten, token_logprobs
+from minirlhf.model import ActorCritic
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
+from minirlhf.runs import frozen, load_function, start_run
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # run folder of the SFT model: the policy's start, and the reference
+    reward_model: str = "out/rm"  # run folder of the reward model
+    prompts: str = "data/toy/prompts.jsonl"  # prompts to answer
+    out: str = "out/ppo"  # the run's folder
+    num_steps: int = 120  # iterations of sampling and updating
+    rollout_size: int = 96  # prompts per iteration, one response each
+    max_new_tokens: int = 40  # longest response in tokens
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    num_epochs: int = 2  # passes over each rollout
+    minibatch_size: int = 48  # responses per optimizer step
+    micro_batch_size: int = 24  # responses per forward pass of the update (0: the whole minibatch)
+    lr: float = 1e-4  # learning rate of the policy
+    critic_lr: float = 3e-4  # learning rate of the separate critic
+    final_lr: float = 0.1  # last learning rate, as a share of the first
+    beta: float = 0.1  # reward units charged per nat of KL to the reference
+    kl_target: float = 0.0  # adapt beta towards this KL per response in nats (0: beta is fixed)
+    kl_kind: str = "k1"  # estimator of the KL in the reward: k1 | k2 | k3
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone, 0 the critic alone
+    clip_range: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2  # largest move of a value per iteration (0: no clip)
+    score_clip: float = 5.0  # largest |normalised score| (0: no clip)
+    missing_end_score: float = -3.0  # score of a response that never ended
+    whiten: bool = True  # scale advantages to mean 0, deviation 1 over the rollout
+    share_critic: bool = False  # a value head on the policy's trunk instead of a separate critic
+    vf_coef: float = 0.1  # weight of the value loss where the trunk is shared
+    stop_kl: float = 0.1  # end an iteration's epochs past this approximate KL per token (0: never)
+    grad_clip: float = 1.0  # largest norm of the policy's, and of the critic's, gradient
+    judge: str = ""  # file.py:function, a gold score to log beside the reward; never trained on
+    eval_every: int = 20  # iterations between printed samples
+    save_every: int = 20  # iterations between checkpoints
+    seed: int = 0  # of the prompts' order and of sampling
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
+    threads: int = 1  # CPU threads; one is the most efficient at this size
+    resume: bool = False  # go on with the run in out
+    overwrite: bool = False  # start anew where out holds a run
+
+
+@torch.no_grad()
+def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
+    """Sample a response to each prompt and work out what its every token earned.
+
+    prompts: B lists of ids. Returns a dict of tensors on the grid (see the module's docstring).
+    """
+    # Sample. Dropout is off, and no top-k or top-p: what is sampled is what will be scored.
+    with run.autocast():
+        rollout = generate(actor.policy, prompts, cfg.max_new_tokens, [run.tokenizer.end_id],
+                           cfg.temperature, generator=run.generator)
+    tokens, prompt_lens, lengths = rollout.tokens, rollout.prompt_lens, rollout.lengths
+    T = tokens.shape[1]
+    mask = response_mask(prompt_lens, lengths, T)  # (B, T-1)
+    actor.eval()
+
+    # Score. One forward pass each; logits[:, t] predicts tokens[:, t+1], hence the shift. The
+    # log-probs come from this pass and not from the decoding cache, whose arithmetic differs.
+    with run.autocast():
+        logits, values = actor(tokens)  # (B, T, V), (B, T)
+        logprobs = token_logprobs(logits[:, :-1] / cfg.temperature, tokens[:, 1:])  # (B, T-1)
+        ref_logits = reference(tokens)  # (B, T, V)
+        ref_logprobs = token_logprobs(ref_logits[:, :-1] / cfg.temperature, tokens[:, 1:])
+        raw_scores = reward_model.score(tokens, lengths)  # (B,), read at the last real token
+    zero = torch.zeros_like(logprobs)  # (B, T-1)
+    logprobs = torch.where(mask, logprobs, zero)  # (B, T-1)
+    ref_logprobs = torch.where(mask, ref_logprobs, zero)  # (B, T-1)
+    values = torch.where(mask, values[:, :-1], zero)  # (B, T-1), before tokens[:, 1:] is emitted
+    scores = normalize_scores(raw_scores, reward_model.score_mean, reward_model.score_std,
+                              cfg.score_clip, rollout.ended, cfg.missing_end_score)  # (B,)
+
+    # KL reward: every token pays for its distance to the reference, the last one gets the score.
+    kl = kl_estimate(logprobs, ref_logprobs, cfg.kl_kind)  # (B, T-1)
+    rewards = token_rewards(scores, kl, mask, beta)  # (B, T-1)
+
+    # Advantage: how much better than the critic expected. Whitened once, over the whole rollout.
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (B, T-1), (B, T-1)
+    whitened_advantages = masked_whiten(advantages, mask) if cfg.whiten else advantages
+    return {
+        "tokens": tokens, "prompt_lens": prompt_lens, "lengths": lengths, "ended": rollout.ended,
+        "response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs,
+        "values": values, "scores": scores, "kl": kl, "rewards": rewards,
+        "advantages": advantages, "returns": returns, "whitened_advantages": whitened_advantages,
+        "entropy": torch.where(mask, entropy(logits[:, :-1] / cfg.temperature), zero),
+    }
+
+
+def minibatch_loss(actor, rollout, rows, denominator, cfg, run):
+    """Forward one micro-batch of rows; returns (loss, statistics summed over its tokens).
+
+    denominator: the number of response tokens of the whole minibatch that the rows belong to.
+    """
+    # Columns past the longest of these rows hold nothing but filler: leave them out.
+    T = int(rollout["lengths"][rows].max())
+    mb_tokens = rollout["tokens"][rows, :T]  # (b, T)
+    mb = {name: rollout[name][rows, : T - 1] for name in (
+        "response_mask", "logprobs", "values", "returns", "whitened_advantages")}  # (b, T-1)
+    mask = mb["response_mask"]
+    with run.autocast():
+        logits, new_values = actor(mb_tokens)  # (b, T, V), (b, T)
+        new_logprobs = token_logprobs(logits[:, :-1] / cfg.temperature, mb_tokens[:, 1:])
+    policy_loss, stats = ppo_policy_loss(new_logprobs, mb["logprobs"], mb["whitened_advantages"],
+                                         mask, cfg.clip_range, denominator)
+    value_loss, value_stats = ppo_value_loss(new_values[:, :-1], mb["values"], mb["returns"],
+                                             mask, cfg.value_clip, denominator)
+    # With its own trunk and optimizer, the critic's loss needs no weight.
+    loss = policy_loss + (cfg.vf_coef if cfg.share_critic else 1.0) * value_loss
+    share = mask.sum() / denominator  # the statistics are means over these rows: weigh them
+    stats = {name: value * share for name, value in {**stats, **value_stats}.items()}
+    return loss, {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), **stats}
+
+
+def ppo_update(actor, optimizers, rollout, cfg, run, order):
+    """A few epochs of minibatch steps on one rollout; returns the mean of each statistic.
+
+    optimizers: one per set of parameters that has its own gradient clip: [policy, critic], or [both].
+    order: a torch.Generator for the shuffling. Every response is used exactly once an epoch.
+    """
+    actor.eval()  # dropout off: the ratio compares two policies, not two dropout masks
+    lengths = rollout["lengths"].tolist()
+    minibatches = [rows.tolist() for _ in range(cfg.num_epochs) for rows in
+                   torch.randperm(len(lengths), generator=order).split(cfg.minibatch_size)]
+    totals, num_done = {}, 0
+    for minibatch in minibatches:
+        denominator = rollout["response_mask"][minibatch].sum()
+        minibatch.sort(key=lambda row: lengths[row])  # like lengths together: less filler
+        micro = cfg.micro_batch_size or cfg.minibatch_size
+        stats = {}
+        for first in range(0, len(minibatch), micro):
+            loss, part = minibatch_loss(actor, rollout, minibatch[first : first + micro],
+                                        denominator, cfg, run)
+            run.scaler.scale(loss).backward()
+            stats = {name: stats.get(name, 0) + value for name, value in part.items()}
+        for optimizer in optimizers:
+            run.scaler.unscale_(optimizer)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            run.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        run.scaler.update()
+        num_done += 1
+        totals = {name: totals.get(name, 0) + value for name, value in stats.items()}
+        if 0 < cfg.stop_kl < stats["approx_kl"]:
+            break  # the policy has moved as far as this rollout's advantages can be trusted
+    return {name: value.item() / num_done for name, value in totals.items()}
+
+
+def summarise(rollout, beta):
+    """What is logged of a rollout: means over responses, or over response tokens."""
+    mask, returns = rollout["response_mask"], rollout["returns"]
+    explained = 1 - masked_var(returns - rollout["values"], mask) / masked_var(returns, mask)
+    return {
+        "score": rollout["scores"].mean(), "kl": masked_sum(rollout["kl"], mask, dim=1).mean(),
+        "reward": masked_sum(rollout["rewards"], mask, dim=1).mean(), "beta": beta,
+        "length": mask.sum(1).float().mean(), "ended": rollout["ended"].float().mean(),
+        "entropy": masked_mean(rollout["entropy"], mask), "explained_variance": explained,
+    }
+
+
+def main(cfg):
+    # 1. Set-up: the folder, both checkpoints and the tokenizer that they share.
+    run = start_run(cfg, needs={"init": "sft", "reward_model": "rm"})
+    judge = load_function(cfg.judge) if cfg.judge else None
+
+    # 2. Data: encode the prompts, plan which are answered in which iteration.
+    rows = read_prompts(cfg.prompts)
+    policy, reward_model = run.model("init"), frozen(run.model("reward_model"))
+    prompts = encode_prompts(run.tokenizer, rows, policy.cfg.block_size, cfg.prompts)
+    num_needed = cfg.num_steps * cfg.rollout_size
+    plan = torch.cat([torch.randperm(len(prompts), generator=run.data_order)
+                      for _ in range(-(-num_needed // len(prompts)))])[:num_needed]
+    plan = plan.view(cfg.num_steps, cfg.rollout_size).tolist()
+    print(f"data   | {len(prompts):,} prompts of {cfg.prompts}, each answered "
+          f"{num_needed / len(prompts):.1f} times")
+
+    # 3. Models and optimizers. The reference is a distinct copy: it must not move with the policy.
+    reference = frozen(copy.deepcopy(policy))
+    critic = None if cfg.share_critic else copy.deepcopy(reward_model).requires_grad_(True)
+    actor = ActorCritic(policy, critic).to(run.device)
+    # The critic has its own optimizer and its own gradient clip. Clipping both gradients by one
+    # joint norm would let a large value loss shrink the policy's step.
+    parts = [actor] if cfg.share_critic else [policy, critic]
+    rates = [cfg.lr, cfg.critic_lr][: len(parts)]
+    optimizers = [make_optimizer(part, lr, eps=1e-5) for part, lr in zip(parts, rates)]
+    print(f"model  | {sum(p.numel() for p in actor.parameters()):,} trained parameters")
+
+    def largest_batch():
+        longest = max(prompts, key=len)[: policy.cfg.block_size - cfg.max_new_tokens]
+        longest = longest or max(prompts, key=len)
+        size = cfg.micro_batch_size or cfg.minibatch_size
+        rollout = collect_rollout(actor, reference, reward_model, [longest] * cfg.rollout_size,
+                                  cfg.beta, cfg, run)
+        rows = list(range(min(size, cfg.rollout_size)))
+        minibatch_loss(actor, rollout, rows, rollout["response_mask"][rows].sum(), cfg,
+                       run)[0].backward()
+        actor.zero_grad(set_to_none=True)
+
+    run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
+    saved = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    first_step = run.restore(model=policy, actor=actor, **saved)
+    beta = run.history[-1]["beta"] if cfg.kl_target > 0 and run.history else cfg.beta
+
+    # 4. The loop.
+    for step in range(first_step + 1, cfg.num_steps + 1):
+        for optimizer, lr in zip(optimizers, rates):
+            set_lr(optimizer, lr_at(step - 1, cfg.num_steps, lr, 0, cfg.final_lr, "linear"))
+        chosen = plan[step - 1]
+        rollout = collect_rollout(actor, reference, reward_model, [prompts[i] for i in chosen],
+                                  beta, cfg, run)
+        # A generator of its own for each step: resuming needs no state of it.
+        order = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        stats = ppo_update(actor, optimizers, rollout, cfg, run, order)
+        summary = summarise(rollout, beta)
+        if cfg.kl_target > 0:
+            beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size)
+
+        responses = [run.tokenizer.decode_response(row[p:n]) for row, p, n in zip(
+            rollout["tokens"].tolist(), rollout["prompt_lens"].tolist(),
+            rollout["lengths"].tolist())]
+        if judge:
+            golds = [judge(rows[i], response, ended)["score"] for i, response, ended in zip(
+                chosen, responses, rollout["ended"].tolist())]
+            summary["gold"] = sum(golds) / len(golds)
+        run.log(step, cfg.num_steps, rollout["lengths"].sum().item(), **summary, **stats)
+        if step % cfg.eval_every == 0 or step == cfg.num_steps:
+            for i, response, score in list(zip(chosen, responses, rollout["scores"].tolist()))[:3]:
+                run.show(step, f"  user: {rows[i]['messages'][-1]['content']}\n"
+                               f"  model: {response}   (score {score:.2f})")
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            run.save(step, model=policy, actor=actor, **saved)
+    return run.history
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -1,0 +1,143 @@
+"""Pretraining: predict the next token of raw text. The first stage; everything else starts from it.
+
+The text is one long stream of tokens, cut into random blocks. No masks, no special tokens: the base
+model learns the language and the facts, and every voice that the text speaks in.
+
+Left out on purpose: gradient accumulation over devices, data streaming, muP, evaluation suites.
+
+On CPU:  python train_pretrain.py
+On GPU:  python train_pretrain.py --size gpt2 --text my.txt --tokenizer gpt2 --batch_size 32
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.batches import pack, random_blocks
+from minirlhf.config import UserError, command_line
+from minirlhf.formats import read_text
+from minirlhf.masked import token_logprobs
+from minirlhf.model import GPT, ModelConfig, named_config
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.runs import start_run
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclass
+class Config:
+    text: str = "data/toy/pretrain.txt"  # text files to learn from, separated by commas
+    tokenizer: str = "data/toy/tokenizer.json"  # a tokenizer.json, or gpt2
+    out: str = "out/pretrain"  # the run's folder
+    size: str = ""  # a published size such as gpt2, instead of the model options below
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_kv_head: int = 0  # key/value heads, fewer than n_head for grouped queries (0: n_head)
+    n_embd: int = 128  # width of the residual stream
+    n_hidden: int = 0  # width of the MLP (0: 4 * n_embd)
+    block_size: int = 160  # longest sequence in tokens
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    mlp: str = "gelu"  # gelu | swiglu
+    positions: str = "learned"  # learned | rope
+    bias: bool = True  # biases in linear layers
+    tied: bool = True  # share embedding and unembedding
+    dropout: float = 0.0  # share of activations dropped in training
+    attention: str = "fused"  # fused | manual
+    num_steps: int = 1200  # optimizer steps
+    batch_size: int = 24  # blocks per step
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 60  # steps until the peak
+    final_lr: float = 0.05  # last learning rate, as a share of the peak
+    weight_decay: float = 0.1  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+    eval_every: int = 200  # steps between evaluations
+    save_every: int = 400  # steps between checkpoints
+    seed: int = 0  # of weights and data order
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
+    threads: int = 1  # CPU threads; one is the most efficient at this size
+    resume: bool = False  # go on with the run in out
+    overwrite: bool = False  # start anew where out holds a run
+
+
+def loss_of(model, blocks):
+    """Mean negative log-likelihood, in nats per token, of blocks (B, T)."""
+    return -token_logprobs(model(blocks)[:, :-1], blocks[:, 1:]).mean()
+
+
+@torch.no_grad()
+def evaluate(model, stream, cfg, run):
+    """Loss on up to 32 consecutive blocks of held-out text."""
+    blocks = stream[: len(stream) // cfg.block_size * cfg.block_size].view(-1, cfg.block_size)[:32]
+    model.eval()
+    with run.autocast():
+        loss = loss_of(model, blocks.to(run.device))
+    model.train()
+    return loss.item()
+
+
+def main(cfg):
+    # 1. Set-up: the folder, the tokenizer.
+    run = start_run(cfg, needs={})
+    run.tokenizer = Tokenizer.open(cfg.tokenizer)
+
+    # 2. Data: one stream of tokens; its last 2% are held out.
+    documents = [d for path in cfg.text.split(",") for d in read_text(path).split("\n\n")]
+    ids = run.tokenizer.encode_batch(documents)
+    stream = pack(ids, run.tokenizer.encode("\n\n"))  # (N,)
+    cut = int(0.98 * len(stream))
+    train, held_out = stream[:cut], stream[cut:]
+    starts = random_blocks(train, cfg.num_steps, cfg.batch_size, cfg.block_size, run.data_order)
+    if len(held_out) < cfg.block_size:
+        raise UserError(f"{cfg.text} gives {len(stream)} tokens; at least "
+                        f"{50 * cfg.block_size + 50} are needed for --block_size {cfg.block_size}")
+
+    # 3. Model and optimizer.
+    if cfg.size:
+        model_cfg = named_config(cfg.size)
+        model_cfg.block_size = cfg.block_size
+    else:
+        model_cfg = ModelConfig(**{name: getattr(cfg, name) for name in ModelConfig.__annotations__
+                                   if hasattr(cfg, name)})
+    model_cfg.vocab_size = run.tokenizer.n_vocab
+    model = GPT(model_cfg).to(run.device)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    print(f"data   | {len(train):,} training tokens, {len(held_out):,} held out, "
+          f"{cfg.num_steps * cfg.batch_size * cfg.block_size / len(train):.1f} epochs")
+    print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def largest_batch():
+        with run.autocast():
+            loss = loss_of(model, train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device))
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    run.preflight(largest_batch, "--batch_size or --block_size")
+    first_step = run.restore(model=model, optimizer=optimizer)
+
+    # 4. The loop.
+    model.train()
+    num_tokens = 0
+    for step in range(first_step + 1, cfg.num_steps + 1):
+        blocks = train[starts[step - 1][:, None] + torch.arange(cfg.block_size)]  # (B, T)
+        set_lr(optimizer, lr_at(step - 1, cfg.num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        with run.autocast():
+            loss = loss_of(model, blocks.to(run.device))
+        num_tokens += blocks.numel()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % cfg.eval_every == 0 or step == cfg.num_steps:
+            run.log(step, cfg.num_steps, num_tokens, loss=loss, val_loss=evaluate(model, held_out, cfg, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            num_tokens = 0
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            run.save(step, model=model, optimizer=optimizer)
+    return run.history
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

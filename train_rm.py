@@ -1,0 +1,230 @@
+"""Reward model (RM): learn from rankings which answers people prefer.
+
+The SFT model's trunk gets a new head that gives one number per position; the number at an answer's
+last real token is its score. Bradley-Terry: P(i beats j) = sigmoid(score_i - score_j). A pair is the
+smallest ranking; of K ranked answers all strict pairs count, and each answer is forwarded once.
+
+Left out on purpose: ensembles, a separate safety model, regression on absolute ratings.
+
+On CPU:  python train_rm.py
+On GPU:  python train_rm.py --init out/my_sft --data my_preferences.jsonl --batch_size 64
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.batches import encode_answer, encode_prompts, epoch_batches, fit, pad_right
+from minirlhf.config import UserError, command_line
+from minirlhf.formats import read_preferences
+from minirlhf.generate import generate
+from minirlhf.losses import reward_model_loss
+from minirlhf.model import ScalarModel
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.runs import start_run
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # run folder of the SFT model
+    data: str = "data/toy/preferences.jsonl"  # pairs or ranked lists, any accepted format
+    out: str = "out/rm"  # the run's folder
+    num_epochs: int = 1  # passes over the preferences; a second one often overfits
+    batch_size: int = 32  # prompts per optimizer step
+    lr: float = 5e-4  # peak learning rate
+    warmup: int = 20  # steps until the peak
+    final_lr: float = 0.05  # last learning rate, as a share of the peak
+    weight_decay: float = 0.1  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+    margin: float = 0.0  # score margin of a "significantly better" pair; lower grades get less
+    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    held_out: float = 0.1  # share of the prompts kept for evaluation
+    num_normalize: int = 512  # SFT answers sampled to set the scores' mean and deviation
+    max_new_tokens: int = 48  # longest of those answers in tokens
+    eval_every: int = 50  # steps between evaluations
+    save_every: int = 100  # steps between checkpoints
+    seed: int = 0  # of the data order and of sampling
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
+    threads: int = 1  # CPU threads; one is the most efficient at this size
+    resume: bool = False  # go on with the run in out
+    overwrite: bool = False  # start anew where out holds a run
+
+
+def encode(rows, tokenizer, max_len, cfg):
+    """Rows -> [{"ids": K lists, "ranks": K ints, "grades": K x K or None, "row": number}].
+
+    Answers that are the same after cutting make no pair, so the second of them is left out.
+    """
+    examples, same, too_long = [], 0, 0
+    for number, row in enumerate(rows):
+        kept, seen = [], set()
+        for k, answer in enumerate(row["answers"]):
+            example = fit(*encode_answer(tokenizer, row["messages"], answer), max_len, cfg.too_long,
+                          f"{cfg.data}, row {number + 1}, answer {k + 1}")
+            if example is None:
+                too_long += 1
+            elif tuple(example[0]) in seen:
+                same += 1
+            else:
+                seen.add(tuple(example[0]))
+                kept.append((k, example[0]))
+        ranks = [row["ranks"][k] for k, _ in kept]
+        if len(set(ranks)) < 2:
+            continue  # no strict pair is left
+        grades = row["grades"] and [[row["grades"][i][j] for j, _ in kept] for i, _ in kept]
+        examples.append({"ids": [ids for _, ids in kept], "ranks": ranks, "grades": grades,
+                         "row": number})
+    print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples)} left out; "
+          f"answers left out: {same} identical, {too_long} longer than {max_len} tokens")
+    return examples
+
+
+def make_batch(examples, margin, device):
+    """-> tokens (N, T) and lengths (N,) of all answers; places (N, 2); ranks (B, K); margins.
+
+    N is the number of answers of all B prompts; answer n stands at [places[n, 0], places[n, 1]] of
+    the (B, K) tables, whose absent entries have rank -1.
+    """
+    tokens, lengths = pad_right([ids for e in examples for ids in e["ids"]], device)
+    B, K = len(examples), max(len(e["ids"]) for e in examples)
+    places = torch.tensor([(b, k) for b, e in enumerate(examples) for k in range(len(e["ids"]))])
+    ranks = torch.full((B, K), -1)  # (B, K)
+    margins = torch.zeros(B, K, K)
+    for b, e in enumerate(examples):
+        k = len(e["ranks"])
+        ranks[b, :k] = torch.tensor(e["ranks"])
+        if e["grades"]:
+            margins[b, :k, :k] = torch.tensor(e["grades"]) * margin / 3  # grade 3 gets it all
+    return tokens, lengths, places.to(device), ranks.to(device), margins.to(device)
+
+
+def score_batch(model, tokens, lengths, places, ranks):
+    """Score every answer once and lay the scores out by prompt: (B, K), 0 where absent."""
+    scores = model.score(tokens, lengths)  # (N,)
+    return scores.new_zeros(ranks.shape).index_put((places[:, 0], places[:, 1]), scores)
+
+
+def loss_of(model, batch):
+    """Mean over prompts of the mean over the prompt's strict pairs, in nats."""
+    tokens, lengths, places, ranks, margins = batch
+    scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
+    return reward_model_loss(scores, ranks, margins).mean()
+
+
+@torch.no_grad()
+def evaluate(model, examples, run):
+    """Held-out loss (nats, no margins) and accuracy over all strict pairs, over each grade too."""
+    model.eval()
+    losses, right, grades = [], [], []
+    for start in range(0, len(examples), 32):
+        part = examples[start : start + 32]
+        tokens, lengths, places, ranks, _ = make_batch(part, 0.0, run.device)
+        with run.autocast():
+            scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
+        losses.append(reward_model_loss(scores, ranks))
+        for b, e in enumerate(part):
+            for i in range(len(e["ranks"])):
+                for j in range(len(e["ranks"])):
+                    if e["ranks"][i] < e["ranks"][j]:
+                        gap = (scores[b, i] - scores[b, j]).item()
+                        right.append(0.5 if gap == 0 else float(gap > 0))
+                        grades.append(e["grades"][i][j] if e["grades"] else None)
+    model.train()
+    by_grade = {}
+    for grade in sorted({g for g in grades if g is not None}):
+        hits = [r for r, g in zip(right, grades) if g == grade]
+        by_grade[f"grade_{grade}"] = sum(hits) / len(hits)
+    return {"val_loss": torch.cat(losses).mean().item(), "accuracy": sum(right) / len(right),
+            **by_grade}
+
+
+@torch.no_grad()
+def measure_scores(model, policy, prompts, cfg, run):
+    """Mean and deviation of the raw scores of answers that the SFT model samples itself."""
+    model.eval()
+    scores = []
+    for start in range(0, len(prompts), 128):
+        with run.autocast():
+            rollout = generate(policy, prompts[start : start + 128], cfg.max_new_tokens,
+                               [run.tokenizer.end_id], generator=run.generator)
+            scores.append(model.score(rollout.tokens, rollout.lengths)[rollout.ended])
+    scores = torch.cat(scores)
+    if len(scores) < 2:
+        raise UserError(f"fewer than 2 of {len(prompts)} sampled answers ended within "
+                        f"--max_new_tokens {cfg.max_new_tokens}; raise it, or train SFT longer")
+    return scores.mean(), scores.std()
+
+
+def main(cfg):
+    # 1. Set-up: the folder, the SFT model's checkpoint and tokenizer.
+    run = start_run(cfg, needs={"init": "sft"})
+
+    # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
+    rows = read_preferences(cfg.data)
+    policy = run.model("init")
+    examples = encode(rows, run.tokenizer, policy.cfg.block_size, cfg)
+    # All rows of one prompt stay on one side, else the held-out pairs would not be new.
+    texts = ["\n".join(m["content"] for m in rows[e["row"]]["messages"]) for e in examples]
+    distinct = sorted(set(texts))
+    shuffled = torch.randperm(len(distinct), generator=run.data_order).tolist()
+    kept_out = {distinct[i] for i in shuffled[: max(1, int(cfg.held_out * len(distinct)))]}
+    held_out = [e for e, text in zip(examples, texts) if text in kept_out]
+    train = [e for e, text in zip(examples, texts) if text not in kept_out]
+    if not train or not held_out:
+        raise UserError(f"{cfg.data}: {len(examples)} prompts with a strict pair are too few")
+    lengths = [max(map(len, e["ids"])) for e in train]
+    batches = [batch for _ in range(cfg.num_epochs)
+               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
+    num_steps = len(batches)
+
+    # 3. Model and optimizer.
+    model = ScalarModel(policy.cfg, policy.trunk).to(run.device)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
+
+    def largest_batch():
+        longest = max(train, key=lambda e: max(map(len, e["ids"])))
+        with run.autocast():
+            loss = loss_of(model, make_batch([longest] * cfg.batch_size, cfg.margin, run.device))
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    run.preflight(largest_batch, "--batch_size")
+    first_step = run.restore(model=model, optimizer=optimizer)
+
+    # 4. The loop.
+    model.train()
+    num_tokens = 0
+    for step in range(first_step + 1, num_steps + 1):
+        batch = make_batch([train[i] for i in batches[step - 1]], cfg.margin, run.device)
+        set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        with run.autocast():
+            loss = loss_of(model, batch)
+        num_tokens += batch[0].numel()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % cfg.eval_every == 0 or step == num_steps:
+            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            num_tokens = 0
+        if step == num_steps:
+            # 5. Normalisation: scores of the SFT model's answers get mean 0 and deviation 1.
+            prompts = encode_prompts(run.tokenizer, [rows[e["row"]] for e in train],
+                                     policy.cfg.block_size, cfg.data)[: cfg.num_normalize]
+            mean, std = measure_scores(model, policy, prompts, cfg, run)
+            model.score_mean.copy_(mean)
+            model.score_std.copy_(std)
+            print(f"scores | raw mean {mean:.3f}, deviation {std:.3f} on the SFT model's answers")
+        if step % cfg.save_every == 0 or step == num_steps:
+            run.save(step, model=model, optimizer=optimizer)
+    return run.history
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -1,0 +1,164 @@
+"""Supervised fine-tuning (SFT): imitate demonstrations, so that a parrot becomes an assistant.
+
+Each dialogue is one sequence. The loss counts on every assistant turn, the end tokens included, and
+on nothing else: the prompt is what the model reads, not what it should learn to say.
+
+Left out on purpose: packing several dialogues into one row, LoRA, NEFTune.
+
+On CPU:  python train_sft.py
+On GPU:  python train_sft.py --init out/gpt2 --data my_demonstrations.jsonl --batch_size 64
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.batches import epoch_batches, fit, pad_right, shifted_mask
+from minirlhf.config import UserError, command_line
+from minirlhf.formats import read_demonstrations
+from minirlhf.generate import generate
+from minirlhf.losses import sft_loss
+from minirlhf.masked import token_logprobs
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.runs import start_run
+
+
+@dataclass
+class Config:
+    init: str = "out/pretrain"  # run folder of the base model
+    data: str = "data/toy/demonstrations.jsonl"  # demonstrations, any accepted format
+    out: str = "out/sft"  # the run's folder
+    num_epochs: int = 3  # passes over the demonstrations
+    batch_size: int = 32  # dialogues per optimizer step
+    micro_batch_size: int = 0  # dialogues per forward pass (0: the whole batch)
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 20  # steps until the peak
+    final_lr: float = 0.05  # last learning rate, as a share of the peak
+    weight_decay: float = 0.1  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+    too_long: str = "refuse"  # dialogues longer than the context: refuse | drop | cut
+    held_out: float = 0.05  # share of the dialogues kept for evaluation
+    eval_every: int = 100  # steps between evaluations
+    save_every: int = 200  # steps between checkpoints
+    num_samples: int = 3  # held-out prompts answered greedily at each evaluation
+    seed: int = 0  # of the data order
+    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
+    threads: int = 1  # CPU threads; one is the most efficient at this size
+    resume: bool = False  # go on with the run in out
+    overwrite: bool = False  # start anew where out holds a run
+
+
+def encode(rows, tokenizer, max_len, cfg):
+    """Rows -> list of (ids, mask), the mask True on every assistant token and its end token."""
+    encoded = [fit(*tokenizer.encode_chat(row["messages"]), max_len, cfg.too_long,
+                   f"{cfg.data}, dialogue {i + 1}") for i, row in enumerate(rows)]
+    kept = [example for example in encoded if example is not None]
+    print(f"data   | {len(kept):,} dialogues of {cfg.data}, {len(rows) - len(kept)} left out "
+          f"(longer than {max_len} tokens)")
+    return kept
+
+
+def make_batch(examples, device):
+    """[(ids, mask)] -> tokens (B, T) int64, mask (B, T-1) bool on tokens[:, 1:]."""
+    tokens, _ = pad_right([ids for ids, _ in examples], device)
+    return tokens, shifted_mask([mask for _, mask in examples], tokens.shape[1], device)
+
+
+def loss_of(model, tokens, mask, denominator=None):
+    """Mean negative log-likelihood, in nats per trained token."""
+    logits = model(tokens)  # (B, T, V)
+    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (B, T-1)
+    return sft_loss(logprobs, mask, denominator)
+
+
+@torch.no_grad()
+def evaluate(model, examples, run):
+    """Held-out loss in nats per trained token."""
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(examples), 64):
+        tokens, mask = make_batch(examples[start : start + 64], run.device)
+        with run.autocast():
+            total += loss_of(model, tokens, mask, denominator=1).item()
+        count += mask.sum().item()
+    model.train()
+    return total / count
+
+
+def show_samples(model, rows, step, run):
+    """Answer the last user turn of a few held-out dialogues, greedily."""
+    for row in rows:
+        prompt = run.tokenizer.encode_prompt(row["messages"][:-1])
+        rollout = generate(model, [prompt], 40, [run.tokenizer.end_id], temperature=0)
+        answer = run.tokenizer.decode_response(rollout.responses()[0])
+        run.show(step, f"  user: {row['messages'][-2]['content']}\n  model: {answer}")
+
+
+def main(cfg):
+    # 1. Set-up: the folder, the base model's checkpoint and tokenizer.
+    run = start_run(cfg, needs={"init": "pretrain"})
+
+    # 2. Data: encode, hold some out, plan the batches of all epochs.
+    rows = read_demonstrations(cfg.data)
+    model = run.model("init")
+    examples = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
+    order = torch.randperm(len(examples), generator=run.data_order).tolist()
+    num_held_out = max(1, int(cfg.held_out * len(examples)))
+    held_out = [examples[i] for i in order[:num_held_out]]
+    train = [examples[i] for i in order[num_held_out:]]
+    if not train:
+        raise UserError(f"{cfg.data}: {len(examples)} dialogues are too few to train on")
+    lengths = [len(ids) for ids, _ in train]
+    batches = [batch for _ in range(cfg.num_epochs)
+               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
+    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
+
+    # 3. Model and optimizer.
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
+
+    def largest_batch():
+        longest = max(train, key=lambda example: len(example[0]))
+        with run.autocast():
+            loss = loss_of(model, *make_batch([longest] * min(micro, cfg.batch_size), run.device))
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
+    first_step = run.restore(model=model, optimizer=optimizer)
+
+    # 4. The loop.
+    model.train()
+    num_tokens = 0
+    for step in range(first_step + 1, num_steps + 1):
+        batch = [train[i] for i in batches[step - 1]]
+        set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        # The whole batch's token count: however it is split, each token weighs the same.
+        denominator = sum(sum(mask) for _, mask in batch)
+        loss = 0.0
+        for start in range(0, len(batch), micro):
+            tokens, mask = make_batch(batch[start : start + micro], run.device)
+            with run.autocast():
+                micro_loss = loss_of(model, tokens, mask, denominator)
+            run.scaler.scale(micro_loss).backward()
+            loss += micro_loss.item()
+            num_tokens += tokens.numel()
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % cfg.eval_every == 0 or step == num_steps:
+            run.log(step, num_steps, num_tokens, loss=loss, val_loss=evaluate(model, held_out, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            num_tokens = 0
+            show_samples(model, [rows[i] for i in order[: cfg.num_samples]], step, run)
+        if step % cfg.save_every == 0 or step == num_steps:
+            run.save(step, model=model, optimizer=optimizer)
+    return run.history
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
