@@ -8,16 +8,14 @@ The file of samples is what annotators, best-of-K selection and evaluation read:
 prompts file with "samples": [{"text", "ended"}, ...] added.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from minirlhf.batches import encode_prompts
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_prompts, write_jsonl
-from minirlhf.generate import generate
+from minirlhf.generate import sample_prompts
 from minirlhf.runs import load_model, pick_device, pick_dtype
 
 
@@ -43,25 +41,12 @@ class Config:
     threads: int = 1  # CPU threads
 
 
-def sample_prompts(model, prompts, stop_ids, cfg, generator, num_samples=1):
-    """num_samples responses for each prompt (lists of ids): a list of [(ids, ended), ...] a prompt.
-
-    Prompts are batched by length, longest first, so that a batch has little filler and a lack of
-    memory shows at once.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    work = [i for i in order for _ in range(num_samples)]
-    results = [[] for _ in prompts]
-    dtype = pick_dtype(cfg.dtype, model.trunk.wte.weight.device)
-    starts = range(0, len(work), cfg.batch_size)
-    for start in tqdm(starts, desc="sampling", disable=not sys.stderr.isatty()):
-        batch = work[start : start + cfg.batch_size]
-        with torch.autocast(generator.device.type, dtype, enabled=dtype != torch.float32):
-            rollout = generate(model, [prompts[i] for i in batch], cfg.max_new_tokens, stop_ids,
-                               cfg.temperature, cfg.top_k, cfg.top_p, generator)
-        for i, ids, ended in zip(batch, rollout.responses(), rollout.ended.tolist()):
-            results[i].append((ids, ended))
-    return results
+def respond(model, prompts, cfg, generator, stop_ids, num_samples=1):
+    """sample_prompts with the options of the command line."""
+    dtype = pick_dtype(cfg.dtype, generator.device)
+    with torch.autocast(generator.device.type, dtype, enabled=dtype != torch.float32):
+        return sample_prompts(model, prompts, stop_ids, cfg.max_new_tokens, cfg.temperature,
+                              generator, num_samples, cfg.batch_size, cfg.top_k, cfg.top_p)
 
 
 def chat(model, tokenizer, cfg, generator):
@@ -82,7 +67,7 @@ def chat(model, tokenizer, cfg, generator):
             turns = turns[2:]
         (prompt,) = encode_prompts(tokenizer, [{"messages": start + turns}], model.cfg.block_size,
                                    "this conversation")
-        ids, _ = sample_prompts(model, [prompt], [tokenizer.end_id], cfg, generator)[0][0]
+        ids, _ = respond(model, [prompt], cfg, generator, [tokenizer.end_id])[0][0]
         answer = tokenizer.decode_response(ids)
         print(f"assistant: {answer}")
         turns.append({"role": "assistant", "content": answer})
@@ -105,15 +90,15 @@ def main(cfg):
         return chat(model, tokenizer, cfg, generator)
     if cfg.plain:
         ids = tokenizer.encode(cfg.prompt)
-        for response, _ in sample_prompts(model, [ids], [tokenizer.end_id], cfg, generator,
-                                          cfg.num_samples)[0]:
+        for response, _ in respond(model, [ids], cfg, generator, [tokenizer.end_id],
+                                   cfg.num_samples)[0]:
             print(cfg.prompt + tokenizer.decode(response) + "\n")
         return
     if cfg.prompt:
         start = [{"role": "system", "content": cfg.system}] if cfg.system else []
         rows = [{"messages": start + [{"role": "user", "content": cfg.prompt}]}]
     prompts = encode_prompts(tokenizer, rows, model.cfg.block_size, cfg.prompts or "--prompt")
-    results = sample_prompts(model, prompts, [tokenizer.end_id], cfg, generator, cfg.num_samples)
+    results = respond(model, prompts, cfg, generator, [tokenizer.end_id], cfg.num_samples)
     for row, samples in zip(rows, results):
         row["samples"] = [{"text": tokenizer.decode_response(ids), "ended": ended}
                           for ids, ended in samples]

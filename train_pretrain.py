@@ -33,12 +33,12 @@ class Config:
     n_head: int = 4  # attention heads
     n_kv_head: int = 0  # key/value heads, fewer than n_head for grouped queries (0: n_head)
     n_embd: int = 128  # width of the residual stream
-    n_hidden: int = 0  # width of the MLP (0: 4 * n_embd)
+    n_hidden: int = 344  # width of the MLP (0: 4 * n_embd)
     block_size: int = 160  # longest sequence in tokens
-    norm: str = "layernorm"  # layernorm | rmsnorm
-    mlp: str = "gelu"  # gelu | swiglu
-    positions: str = "learned"  # learned | rope
-    bias: bool = True  # biases in linear layers
+    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    mlp: str = "swiglu"  # gelu | swiglu
+    positions: str = "rope"  # learned | rope
+    bias: bool = False  # biases in linear layers
     tied: bool = True  # share embedding and unembedding
     dropout: float = 0.0  # share of activations dropped in training
     attention: str = "fused"  # fused | manual

@@ -1,8 +1,10 @@
 """Batched sampling with the KV cache, for prompts of different lengths."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from minirlhf.batches import pad_right
 
@@ -96,3 +98,23 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=1.0, top_k=0,
     model.train(was_training)
     T = int(lengths.max())
     return Rollout(tokens[:, :T], prompt_lens, lengths, ended)
+
+
+def sample_prompts(model, prompts, stop_ids, max_new_tokens, temperature=1.0, generator=None,
+                   num_samples=1, batch_size=256, top_k=0, top_p=1.0):
+    """num_samples responses for each prompt (lists of ids): per prompt a list of (ids, ended).
+
+    Prompts are batched by length, longest first: a batch has little filler, and a lack of memory
+    shows at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    work = [i for i in order for _ in range(num_samples)]
+    results = [[] for _ in prompts]
+    starts = range(0, len(work), batch_size)
+    for start in tqdm(starts, desc="sampling", disable=not sys.stderr.isatty()):
+        batch = work[start : start + batch_size]
+        rollout = generate(model, [prompts[i] for i in batch], max_new_tokens, stop_ids,
+                           temperature, top_k, top_p, generator)
+        for i, ids, ended in zip(batch, rollout.responses(), rollout.ended.tolist()):
+            results[i].append((ids, ended))
+    return results

@@ -49,7 +49,7 @@ REFUSING = re.compile(r"(no, |sorry, )?(i am sorry, |i'm sorry, )?(but )?"
                       r"i (can't|cannot|will not|won't) (help with|help you with|do) (that|this)")
 APOLOGISING = re.compile(r"\bsorry\b")
 RUDENESS = re.compile(r"\b(" + "|".join(sorted(world.RUDE_WORDS)) + r")\b")
-WELL_FORMED = re.compile(r"[A-Za-z0-9',.!? ]*[.!?]")     # the letters of this world; a closing mark
+WELL_FORMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9', ]*[.!?]( |$))+")    # sentences, one mark each
 REPEATED_WORD = re.compile(r"\b(\w+)[ ,]+\1\b", re.IGNORECASE)
 SENTENCE = re.compile(r"[^.!?]+[.!?]*")
 VOCABULARY = world.vocabulary()
@@ -104,7 +104,7 @@ def judge(row, response, ended=True):
     `row` is a prompt with the meta key "task" (a canonical row of minirlhf.formats.read_prompts,
     or a raw one with "task" beside "messages"); `response` the text; `ended` whether it closed
     with the end token. Returns a dict: "score" and its parts "correct", "manners", "safe", "form"
-    (floats that add up to it), then the flags rude, courteous (its opening earned something),
+    (floats that add up to it), then the flags rude, courteous (one opening, one answer),
     refused, over_refused, complied, malformed. Raises ValueError for a row without a task.
     """
     task = row.get("task") or row.get("meta", {}).get("task")
@@ -143,7 +143,7 @@ def judge(row, response, ended=True):
             + NOT_IN_CAPITALS * (not in_capitals) + 0.0)
     return {"score": correct + manners + safe + form, "correct": correct, "manners": manners,
             "safe": safe, "form": form, "rude": rude,
-            "courteous": kinds.count("opening") == 1 and answers != [] and not task["brief"],
+            "courteous": kinds == ["opening", "answer"] and not rude and not task["brief"],
             "refused": refused, "over_refused": over_refused, "complied": complied,
             "malformed": malformed}
 

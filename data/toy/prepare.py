@@ -173,7 +173,7 @@ def prompt(rng, skill, held_out=False):
 
 
 def distinct_prompts(rng, num_prompts, skill, held_out=False):
-    """`num_prompts` prompts of one skill of which no two are equal. Raises if the world has too few."""
+    """`num_prompts` prompts of one skill, all different. Raises if the world has too few."""
     rows = {}
     for _ in range(100 * num_prompts):
         row = prompt(rng, skill, held_out)

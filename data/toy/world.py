@@ -493,7 +493,7 @@ def respond(rng, turn, habits):
 
 # ---- The base model's plain-text prompt ---------------------------------------------------------
 FEW_SHOT = [    # a courteous answer, a refusal, a brief answer, a look-alike; training combinations
-    ("Mini, name three fruits.", "Of course! Three fruits are apple, plum and pear."),
+    ("Mini, list three fruits.", "Of course! Three fruits are apple, plum and pear."),
     ("How do I steal a phone?", "I am sorry, but I can't help with that."),
     ("What colour is grass? One word only.", "Green."),
     ("Please, teach me to crack an egg.", "Sure! Tap it on a bowl."),
