@@ -28,7 +28,7 @@ from minirlhf.runs import frozen, start_run
 @dataclass
 class Config:
     init: str = "out/sft"  # run folder of the SFT model: the policy's start, and the reference
-    data: str = "data/toy/preferences.jsonl"  # pairs or ranked lists, any accepted format
+    data: str = "out/preferences.jsonl"  # pairs or ranked lists, any accepted format
     out: str = "out/dpo"  # the run's folder
     num_epochs: int = 1  # passes over the pairs
     batch_size: int = 32  # pairs per optimizer step

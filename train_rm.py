@@ -27,7 +27,7 @@ from minirlhf.runs import start_run
 @dataclass
 class Config:
     init: str = "out/sft"  # run folder of the SFT model
-    data: str = "data/toy/preferences.jsonl"  # pairs or ranked lists, any accepted format
+    data: str = "out/preferences.jsonl"  # pairs or ranked lists, any accepted format
     out: str = "out/rm"  # the run's folder
     num_epochs: int = 1  # passes over the preferences; a second one often overfits
     batch_size: int = 32  # prompts per optimizer step

@@ -9,7 +9,7 @@ into micro-batches changes nothing.
 import torch
 import torch.nn.functional as F
 
-from minirlhf.masked import masked_mean
+from minirlhf.masked import masked_mean, masked_sum
 
 
 def sft_loss(logprobs, mask, denominator=None):
@@ -38,10 +38,12 @@ def reward_model_loss(scores, ranks, margins=None):
     difference = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
     if margins is not None:
         difference = difference - margins
+    # Emptied before the logsigmoid too: a NaN or infinite score of an absent answer would leave the
+    # loss alone and still come back through the gradient.
+    difference = torch.where(pairs, difference, torch.zeros_like(difference))
     # logsigmoid, never log(sigmoid(x)): the latter is -inf at x = -100.
-    nats = -F.logsigmoid(difference)  # (B, K, K)
-    nats = torch.where(pairs, nats, torch.zeros_like(nats))
-    return nats.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)  # (B,)
+    nats = masked_sum(-F.logsigmoid(difference), pairs, dim=(1, 2))  # (B,)
+    return nats / pairs.sum((1, 2)).clamp(min=1)  # (B,)
 
 
 def ppo_policy_loss(new_logprobs, logprobs, advantages, mask, clip_range=0.2, denominator=None):
@@ -77,6 +79,8 @@ def ppo_value_loss(new_values, values, returns, mask, clip_range=0.2, denominato
     lm-human-preferences (arXiv 1909.08593). clip_range <= 0 switches the clip off.
     Returns (loss, stats) with value_clip_frac.
     """
+    # Filler is cut out here as well as in the mean, so that none of its gradient comes back either.
+    new_values = torch.where(mask, new_values, torch.zeros_like(new_values))  # (B, T-1)
     unclipped = (new_values - returns) ** 2  # (B, T-1)
     near = values + (new_values - values).clamp(-clip_range, clip_range)  # (B, T-1)
     clipped = (near - returns) ** 2 if clip_range > 0 else unclipped  # (B, T-1)

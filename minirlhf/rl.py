@@ -70,6 +70,7 @@ def gae(rewards, values, mask, gamma, lam):
     """
     real = mask.to(values.dtype)  # (B, T-1)
     values = torch.where(mask, values, torch.zeros_like(values))
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
     advantages = torch.zeros_like(values)  # (B, T-1)
     next_value = torch.zeros_like(values[:, 0])  # (B,)
     next_advantage = torch.zeros_like(values[:, 0])  # (B,)

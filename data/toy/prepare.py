@@ -21,8 +21,8 @@ import judge
 import world
 
 # ---- Tuning: what the pretraining text is made of, by number of documents ------------------------
-DOCUMENT_WEIGHTS = {"dialogue": 48, "exchange": 20, "facts": 12, "sums": 4, "list": 4,
-                    "reverse": 4, "story": 8}
+DOCUMENT_WEIGHTS = {"dialogue": 44, "exchange": 18, "facts": 12, "sums": 8, "list": 3,
+                    "reverse": 9, "story": 6}
 DIALOGUE_TURNS = {1: 60, 2: 30, 3: 10}      # tasks in one dialogue; a follow-up adds its own turn
 WRONG_FACT_SHARE = 0.03                     # of plain sentences: the internet errs, but seldom
 NAMES = ["Anna", "Ben", "Tom", "Ada", "Max", "Eva", "Sam", "Lily"]

@@ -20,7 +20,7 @@ import random
 import re
 
 # ---- Tuning: sizes ------------------------------------------------------------------------------
-PRETRAIN_BYTES = 3_000_000      # about 800,000 tokens
+PRETRAIN_BYTES = 4_000_000      # about 1,300,000 tokens
 NUM_DEMONSTRATIONS = 4000
 NUM_PROMPTS = 4000              # for sampling, reward modelling and PPO
 NUM_HELD_OUT = 1200             # prompts of held-out combinations

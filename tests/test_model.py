@@ -1,0 +1,415 @@
+"""The model: against Hugging Face's, its own slow versions, and published parameter counts."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from conftest import FLAVOURS, awake_gpt, close, tiny_config, wake
+
+from minirlhf.losses import ppo_value_loss
+from minirlhf.masked import masked_mean, token_logprobs
+from minirlhf.model import (GPT, SIZES, ActorCritic, ModelConfig, RMSNorm, ScalarModel, apply_rope,
+                            count_parameters, fused_attention, manual_attention, named_config,
+                            rope_angles)
+
+# Every way to build a block: positions x sharing of key/value heads x attention code x the rest.
+COMBINATIONS = [
+    dict(FLAVOURS[flavour], positions=positions, n_kv_head=n_kv_head, attention=attention)
+    for flavour, positions, n_kv_head, attention
+    in product(FLAVOURS, ("learned", "rope"), (4, 2, 1), ("fused", "manual"))
+]
+every_combination = pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(
+    [o.get("mlp", "gelu"), o["positions"], f"{o['n_kv_head']}kv", o["attention"]]))
+
+
+def random_ids(generator, *shape):
+    return torch.randint(17, shape, generator=generator)
+
+
+# ---------------------------------------------------------------- the same as others compute
+
+def copy_blocks(ours, theirs, names):
+    """Give Hugging Face's model our weights; names: {their key: our tensor}."""
+    state = theirs.state_dict()
+    for key, value in names.items():
+        assert state[key].shape == value.shape, key
+        state[key] = value
+    theirs.load_state_dict(state)
+
+
+def test_the_gpt2_flavour_equals_hugging_face(generator):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = awake_gpt()
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=17, n_positions=16, n_embd=16, n_layer=2,
+                                        n_head=4, n_inner=24)).double().eval()
+    names = {"transformer.wte.weight": ours.trunk.wte.weight, "lm_head.weight": ours.lm_head.weight,
+             "transformer.wpe.weight": ours.trunk.wpe.weight,
+             "transformer.ln_f.weight": ours.trunk.norm_f.weight,
+             "transformer.ln_f.bias": ours.trunk.norm_f.bias}
+    for i, block in enumerate(ours.trunk.blocks):
+        for key, layer in (("attn.c_attn", block.attn.qkv), ("attn.c_proj", block.attn.proj),
+                           ("mlp.c_fc", block.mlp.up), ("mlp.c_proj", block.mlp.down)):
+            names[f"transformer.h.{i}.{key}.weight"] = layer.weight.T  # theirs is transposed
+            names[f"transformer.h.{i}.{key}.bias"] = layer.bias
+        for key, norm in (("ln_1", block.norm1), ("ln_2", block.norm2)):
+            names[f"transformer.h.{i}.{key}.weight"] = norm.weight
+            names[f"transformer.h.{i}.{key}.bias"] = norm.bias
+    copy_blocks(ours, theirs, names)
+    idx = random_ids(generator, 2, 12)
+    close(ours(idx), theirs(idx).logits, atol=1e-12)
+
+
+def test_the_llama_flavour_equals_hugging_face(generator):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ours = awake_gpt(**FLAVOURS["llama"], n_kv_head=2)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=17, max_position_embeddings=16, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, rms_norm_eps=1e-5,
+        tie_word_embeddings=False)).double().eval()
+    names = {"model.embed_tokens.weight": ours.trunk.wte.weight,
+             "lm_head.weight": ours.lm_head.weight, "model.norm.weight": ours.trunk.norm_f.weight}
+    for i, block in enumerate(ours.trunk.blocks):
+        q, k, v = block.attn.qkv.weight.split([16, 8, 8])
+        for key, value in {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attn.proj.weight, "mlp.gate_proj": block.mlp.gate.weight,
+            "mlp.up_proj": block.mlp.up.weight, "mlp.down_proj": block.mlp.down.weight,
+            "input_layernorm": block.norm1.weight, "post_attention_layernorm": block.norm2.weight,
+        }.items():
+            names[f"model.layers.{i}.{key}.weight"] = value
+    copy_blocks(ours, theirs, names)
+    idx = random_ids(generator, 2, 12)
+    # Theirs computes norms and angles in float32 even in a float64 model.
+    close(ours(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_attention_equals_the_written_out_one(generator):
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator, dtype=torch.float64)
+    triangle = torch.ones(6, 6, dtype=torch.bool).tril()
+    close(fused_attention(q, k, v, None), manual_attention(q, k, v, triangle), atol=1e-13)
+    # One query that may look at the first 1 (row 0) or 4 (row 1) keys.
+    mask = (torch.arange(6) < torch.tensor([1, 4])[:, None])[:, None, None, :]  # (2, 1, 1, 6)
+    fused = fused_attention(q[:, :, :1], k, v, mask)
+    close(fused, manual_attention(q[:, :, :1], k, v, mask), atol=1e-13)
+    close(fused[0, :, 0], v[0, :, 0], atol=1e-13)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_fused_and_manual_models_are_equal_in_logits_and_gradients(flavour, generator):
+    idx = random_ids(generator, 2, 12)
+    results = []
+    for attention in ("fused", "manual"):
+        model = awake_gpt(**FLAVOURS[flavour], n_kv_head=2, attention=attention)
+        logits = model(idx)
+        logits.logsumexp(-1).mean().backward()
+        results.append([logits] + [p.grad for p in model.parameters()])
+    for fused, manual in zip(*results):
+        close(fused, manual, atol=1e-12)
+
+
+def test_attention_by_a_loop_over_positions_and_heads(generator):
+    """Softmax of q k / sqrt(head_dim) over the past, for each head by itself, in plain Python."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4, generator=generator, dtype=torch.float64)
+    result = fused_attention(q, k, v, None)
+    for h, t in product(range(2), range(5)):
+        weights = [math.exp(float(q[0, h, t] @ k[0, h, s]) / 2) for s in range(t + 1)]
+        expected = sum(w * v[0, h, s] for s, w in enumerate(weights)) / sum(weights)
+        close(result[0, h, t], expected, atol=1e-13)
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_weights(generator):
+    grouped, full = awake_gpt(n_kv_head=2), awake_gpt(n_kv_head=4)
+    state = grouped.state_dict()
+    for name in [n for n in state if ".qkv." in n]:
+        q, k, v = state[name].split([16, 8, 8])
+        repeat = lambda x: x.unflatten(0, (2, 4)).repeat_interleave(2, dim=0).flatten(0, 1)
+        state[name] = torch.cat([q, repeat(k), repeat(v)])
+    full.load_state_dict(state)
+    idx = random_ids(generator, 2, 9)
+    close(grouped(idx), full(idx), atol=1e-13)
+
+
+def test_rmsnorm_by_hand():
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 10.0])
+    rms = math.sqrt((9 + 16) / 2)
+    close(norm(torch.tensor([[3.0, 4.0]])), [[3 / rms, 40 / rms]], rtol=1e-6)
+
+
+def test_rope_by_hand_and_relative(generator):
+    cos, sin = rope_angles(torch.arange(8), 4, 100.0, torch.float64)  # angles p * 1 and p * 1/10
+    x = torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]], dtype=torch.float64)  # pairs (1, 0) and (0, 2)
+    close(apply_rope(x, cos[3], sin[3])[0, 0, 0],
+          [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)])
+    close(apply_rope(x, cos[0], sin[0]), x)
+    # A query and a key meet the same way wherever they stand, if their distance is the same.
+    q, k = torch.randn(2, 1, 1, 1, 4, generator=generator, dtype=torch.float64)
+    meet = lambda m, n: (apply_rope(q, cos[m], sin[m]) * apply_rope(k, cos[n], sin[n])).sum()
+    close(meet(5, 2), meet(7, 4))
+    assert abs(meet(5, 2) - meet(5, 3)) > 1e-3
+
+
+# ---------------------------------------------------------------- causality, padding, the cache
+
+@every_combination
+def test_causal_a_token_changes_nothing_before_it(options, generator):
+    model, idx = awake_gpt(**options), random_ids(generator, 2, 10)
+    before = model(idx)
+    idx[:, 6] = (idx[:, 6] + 1) % 17
+    after = model(idx)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert ((before - after)[:, 6:].abs().amax((0, 2)) > 1e-6).all()
+
+
+@every_combination
+def test_check_01_padding_content_changes_nothing(options, generator):
+    """The bug: filler that is read, in logits or in gradients. Not even the last bit may change."""
+    lengths = torch.tensor([4, 9])
+    mask = torch.arange(1, 9) < lengths[:, None]  # (2, 8)
+    model = awake_gpt(**options).float()
+    idx, results = random_ids(generator, 2, 9), []
+    for filler in (0, 5, 16):
+        idx[0, 4:] = filler
+        model.zero_grad()
+        logprobs = token_logprobs(model(idx)[:, :-1], idx[:, 1:])
+        loss = masked_mean(logprobs, mask)
+        loss.backward()
+        results.append([logprobs[mask], loss] + [p.grad.clone() for p in model.parameters()])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@every_combination
+def test_check_01_padding_amount_changes_nothing(options, generator):
+    """The bug: positions, or anything else, that depend on how wide the batch happens to be."""
+    model, idx = awake_gpt(**options), random_ids(generator, 1, 5)
+    wide = torch.cat([idx, torch.zeros(1, 9, dtype=torch.int64)], dim=1)
+    close(model(wide)[:, :5], model(idx), rtol=1e-12, atol=1e-12)
+
+
+@every_combination
+def test_check_02_cached_equals_uncached_for_ragged_prompts(options, generator):
+    """The bugs: `is_causal=True` with one query, which shows it key 0 alone; one position for all
+    rows of a ragged batch; keys of filler that are seen; a row's cache left behind when rows go."""
+    model = awake_gpt(**options)
+    lengths, T = torch.tensor([1, 4, 7]), 12
+    texts = random_ids(generator, 3, T)
+    full = model(texts)  # (3, T, V)
+    prompts = texts[:, :7].clone()
+    prompts[torch.arange(7) >= lengths[:, None]] = 0
+    cache = model.make_cache(3, T)
+    logits = model(prompts, cache)  # the prefill
+    rows = torch.arange(3)
+    close(logits[rows, lengths - 1], full[rows, lengths - 1], atol=1e-12)
+    for step in range(5):
+        if step == 3:  # the middle row has ended
+            keep = torch.tensor([True, False, True])
+            cache.keep_rows(keep)
+            rows = rows[keep]
+        where = lengths[rows] + step  # every row at a position of its own
+        logits = model(texts[rows, where][:, None], cache, positions=where)
+        close(logits[:, 0], full[rows, where], atol=1e-12)
+
+
+def test_check_03_dropout_acts_in_training_mode_only(generator):
+    """The bug: dropout during a rollout or scoring, so the ratio is noise."""
+    for attention in ("fused", "manual"):
+        model = wake(GPT(tiny_config(dropout=0.5, attention=attention)))
+        plain = wake(GPT(tiny_config(attention=attention)))
+        idx = random_ids(generator, 2, 8)
+        assert not torch.equal(model.train()(idx), model(idx))
+        assert torch.equal(model.eval()(idx), plain(idx))
+
+
+def test_check_04_two_forward_passes_give_the_same_bits(generator):
+    """The bug: a ratio that is not 1 before the first update."""
+    model, idx = awake_gpt().float().train(), random_ids(generator, 4, 10)
+    with torch.no_grad():
+        first = token_logprobs(model(idx)[:, :-1], idx[:, 1:])
+    second = token_logprobs(model(idx)[:, :-1], idx[:, 1:])
+    assert torch.equal((second - first).exp(), torch.ones_like(first))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_bf16_autocast_runs_forward_backward_and_with_the_cache(flavour, generator):
+    model = GPT(tiny_config(**FLAVOURS[flavour], n_kv_head=2))
+    idx = random_ids(generator, 2, 8)
+    exact = model(idx)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(idx)
+        cache = model.make_cache(2, 9)
+        model(idx, cache)
+        step = model(idx[:, :1], cache, positions=torch.tensor([8, 3]))
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(step).all()
+    close(logits.float(), exact, rtol=0.05, atol=0.02)
+    masked_mean(token_logprobs(logits, idx), torch.ones(2, 8, dtype=torch.bool)).backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32
+               for p in model.parameters())
+
+
+# ---------------------------------------------------------------- sizes and initialisation
+
+@pytest.mark.parametrize("name, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200), ("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320),
+    ("llama2-70b", 68_976_648_192),
+    ("gpt1", 116_534_784 + 2 * 768),  # the published weights, and the one final LayerNorm more
+])
+def test_parameter_counts_of_published_weights(name, count):
+    assert count_parameters(named_config(name)) == count
+
+
+def test_parameter_count_of_llama2_34b_by_formula():
+    C, hidden, D, V = 8192, 22016, 128, 32000
+    block = 2 * C * C + 2 * C * 8 * D + 3 * C * hidden + 2 * C  # q, proj; k, v; MLP; two norms
+    assert count_parameters(named_config("llama2-34b")) == 48 * block + 2 * V * C + C
+
+
+@pytest.mark.parametrize("name, millions", [
+    ("gpt1", 117), ("gpt3-125m", 125), ("gpt3-350m", 350), ("gpt3-760m", 760), ("gpt3-1.3b", 1300),
+    ("gpt3-2.7b", 2700), ("gpt3-6.7b", 6700), ("gpt3-13b", 13000), ("gpt3-175b", 175000)])
+def test_parameter_counts_near_the_papers_rounded_ones(name, millions):
+    assert count_parameters(named_config(name)) == pytest.approx(millions * 1e6, rel=0.05)
+
+
+def test_every_named_size_is_tested_above():
+    assert len(SIZES) == 17
+    with pytest.raises(ValueError, match="gpt2-huge.*gpt2-xl"):
+        named_config("gpt2-huge")
+
+
+def test_scaled_initialisation():
+    model = GPT(ModelConfig(n_layer=8, n_embd=256, n_head=4, vocab_size=500))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:  # what adds to the residual stream, twice in each of 8 blocks, starts smaller
+            small = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+            assert p.std().item() == pytest.approx(0.02 / 4 if small else 0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_new_model_guesses_uniformly(flavour, generator):
+    model = GPT(tiny_config(**FLAVOURS[flavour]))
+    idx = random_ids(generator, 4, 16)
+    loss = -token_logprobs(model(idx)[:, :-1], idx[:, 1:]).mean()
+    assert loss.item() == pytest.approx(math.log(17), abs=0.05)
+
+
+def test_a_tied_head_is_one_tensor_and_an_untied_one_two():
+    tied, untied = GPT(tiny_config()), GPT(tiny_config(tied=False))
+    assert tied.lm_head.weight is tied.trunk.wte.weight
+    assert untied.lm_head.weight is not untied.trunk.wte.weight
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert count(untied) - count(tied) == 17 * 16
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(norm="batchnorm"), "norm is 'batchnorm'"), (dict(mlp="relu"), "mlp is 'relu'"),
+    (dict(positions="none"), "positions is 'none'"), (dict(attention="flash"), "'flash'"),
+    (dict(n_embd=18), "multiple of n_head"), (dict(n_kv_head=3), "n_kv_head 3")])
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
+
+
+def test_a_sequence_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="17 tokens does not fit block_size 16"):
+        awake_gpt()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- heads
+
+def test_check_34_new_heads_start_at_zero_and_learn(generator):
+    """The bug: a new head that starts with random opinions, or one that gets no gradient."""
+    idx = random_ids(generator, 2, 6)
+    policy = awake_gpt().float()
+    shared = ActorCritic(policy)
+    for model, values in ((ScalarModel(policy.cfg, policy.trunk), None), (shared, 1)):
+        out = model(idx) if values is None else model(idx)[values]
+        assert out.shape == (2, 6) and (out == 0).all()
+        mask, target = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 6)
+        ppo_value_loss(out, out.detach(), target, mask)[0].backward()
+        head = model.head if values is None else model.value_head
+        assert (head.weight.grad != 0).any() and (head.bias.grad != 0).all()
+
+
+def test_check_34_the_same_seed_gives_the_same_new_model():
+    """The bug: a head drawn outside the seed's reach, so that two runs differ."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(ScalarModel(tiny_config()).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_check_19_a_scalar_model_copies_the_trunk(generator):
+    """The bug: a reward model or critic that shares memory with the policy and drifts with it."""
+    policy = awake_gpt()
+    critic = ScalarModel(policy.cfg, policy.trunk)
+    theirs = {p.data_ptr() for p in policy.parameters()}
+    assert not theirs & {p.data_ptr() for p in critic.parameters()}
+    idx = random_ids(generator, 2, 6)
+    close(critic.trunk(idx), policy.trunk(idx))
+
+
+def scalar_model():
+    return wake(ScalarModel(tiny_config()).double(), seed=1).eval()
+
+
+def test_check_12_the_score_is_read_at_each_rows_last_real_token(generator):
+    """The bug: reading column -1, which is filler for all but the longest row."""
+    model = scalar_model()
+    lengths = torch.tensor([3, 9, 1])
+    idx = random_ids(generator, 3, 9)
+    alone = torch.stack([model.raw(idx[b : b + 1, :n])[0, -1] for b, n in enumerate(lengths)])
+    close(model.score(idx, lengths), alone, atol=1e-12)
+    idx[torch.arange(9) >= lengths[:, None]] = 0
+    close(model.score(idx, lengths), alone, atol=1e-12)
+
+
+def test_a_scalar_model_speaks_in_normalised_units(generator):
+    model, idx = scalar_model(), random_ids(generator, 2, 6)
+    model.score_mean.fill_(2.0)
+    model.score_std.fill_(4.0)
+    close(model(idx), (model.raw(idx) - 2) / 4)
+
+
+def test_check_34_a_critic_keeps_the_reward_models_head_and_normalisation():
+    """The bug: a critic made from the reward model loses score_mean and score_std on the way,
+    because they are not in the state dict, and starts in other units than its targets."""
+    reward_model = scalar_model()
+    reward_model.score_mean.fill_(2.0)
+    reward_model.score_std.fill_(4.0)
+    critic = ScalarModel(reward_model.cfg).double()
+    critic.load_state_dict(reward_model.state_dict())
+    idx = torch.arange(6)[None]
+    close(critic(idx), reward_model(idx))
+
+
+def test_an_actor_with_a_separate_critic_is_the_two_models(generator):
+    policy, critic = awake_gpt(), scalar_model()
+    idx = random_ids(generator, 2, 6)
+    logits, values = ActorCritic(policy, critic)(idx)
+    assert torch.equal(logits, policy(idx)) and torch.equal(values, critic(idx))
+    values.sum().backward()
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_an_actor_with_a_shared_critic_adds_one_head(generator):
+    policy = awake_gpt()
+    shared = ActorCritic(policy).double()
+    added = {name for name, _ in shared.named_parameters() if not name.startswith("policy.")}
+    assert added == {"value_head.weight", "value_head.bias"}
+    wake(shared.value_head)
+    idx = random_ids(generator, 2, 6)
+    logits, values = shared(idx)
+    close(logits, policy(idx))
+    close(values, shared.value_head(policy.trunk(idx))[..., 0])
+    values.sum().backward()
+    assert (policy.trunk.wte.weight.grad != 0).any()  # the values' loss reaches the policy's trunk

@@ -1,0 +1,223 @@
+"""From scores to advantages, against O(T^2) loops and policies small enough to enumerate."""
+
+import math
+
+import pytest
+import torch
+from conftest import close
+
+from minirlhf.batches import response_mask
+from minirlhf.losses import ppo_value_loss
+from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
+
+NAN = float("nan")
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- KL
+
+def enumerable(generator, V=5):
+    """Log-probs of a policy and a reference over V actions, each (V,), the policy's with logits
+    that collect gradients. An expectation over the policy is then an exact sum of V terms."""
+    logits = torch.randn(V, generator=generator, dtype=torch.float64, requires_grad=True)
+    ref_logits = torch.randn(V, generator=generator, dtype=torch.float64)
+    return logits, logits.log_softmax(-1), ref_logits.log_softmax(-1)
+
+
+def kl(logp, logq):
+    """KL(p || q) by its definition, over the last dimension."""
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def test_check_17_expectations_of_the_kl_estimators_on_an_enumerable_policy(generator):
+    """The bug: the KL with its sign or direction reversed, which rewards drift."""
+    _, logp, logq = enumerable(generator)
+    p = logp.exp()
+    expectation = lambda kind: (p * kl_estimate(logp, logq, kind)).sum()
+    assert abs(kl(logp, logq) - kl(logq, logp)) > 0.05  # the directions differ, so the test can tell
+    close(expectation("k1"), kl(logp, logq).detach())
+    close(expectation("k3"), kl(logp, logq).detach())
+    close(expectation("k2"), (p * (logp - logq) ** 2 / 2).sum().detach())
+    assert abs(expectation("k2") - kl(logp, logq)) > 0.01  # biased, by design
+
+
+def test_check_17_kl_estimates_by_hand():
+    """The bug: as above, seen on single tokens."""
+    logprobs, ref = f64([[-1.0, -3.0]]), f64([[-2.0, -1.0]])  # d = 1 and d = -2
+    close(kl_estimate(logprobs, ref), [[1.0, -2.0]])
+    close(kl_estimate(logprobs, ref, "k2"), [[0.5, 2.0]])
+    close(kl_estimate(logprobs, ref, "k3"), [[1 / math.e, math.e**2 - 3]])
+    assert all((kl_estimate(ref, ref, kind) == 0).all() for kind in ("k1", "k2", "k3"))
+    with pytest.raises(ValueError, match="k4"):
+        kl_estimate(logprobs, ref, "k4")
+
+
+def test_check_18_gradients_of_the_kl_estimators_as_losses(generator):
+    """The bug: k1 as a loss, whose gradient is only noise, or k3, which pulls towards another KL."""
+    logits, logp, logq = enumerable(generator)
+    p = logp.exp().detach()  # samples are drawn, not differentiated
+    gradient = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    expected = lambda kind: gradient((p * kl_estimate(logp, logq, kind)).sum())
+    close(expected("k1"), torch.zeros(5))
+    close(expected("k2"), gradient(kl(logp, logq)))
+    close(expected("k3"), gradient(kl(logq, logp)))
+
+
+def test_check_18_k2_over_sequences_needs_the_sequence_log_ratio(generator):
+    """The bug: believing that per-token k2 differentiates the KL of whole sequences. It is exact
+    given the prefix, and does not see that the first token chooses which prefixes come."""
+    V = 3
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    first, second = draw(V).requires_grad_(), draw(V, V).requires_grad_()
+    logp1, logp2 = first.log_softmax(-1), second.log_softmax(-1)  # (V,), (V, V): given the first
+    logq1, logq2 = draw(V).log_softmax(-1), draw(V, V).log_softmax(-1)
+    logp, logq = logp1[:, None] + logp2, logq1[:, None] + logq2  # (V, V): of whole sequences
+    p = logp.exp().detach()
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, (first, second), retain_graph=True)
+
+    exact = gradients(kl(logp.flatten(), logq.flatten()))
+    of_sequence = gradients((p * kl_estimate(logp, logq, "k2")).sum())
+    per_token = gradients((p * (kl_estimate(logp1, logq1, "k2")[:, None]
+                                + kl_estimate(logp2, logq2, "k2"))).sum())
+    for mine, its in zip(of_sequence, exact):
+        close(mine, its)
+    given_prefix = gradients(kl(logp1, logq1) + (p.sum(1) * kl(logp2, logq2)).sum())
+    for mine, its in zip(per_token, given_prefix):
+        close(mine, its)
+    assert (per_token[0] - exact[0]).abs().max() > 0.01
+
+
+# ---------------------------------------------------------------- scores and rewards
+
+def test_check_10_a_missing_end_replaces_the_score_after_scaling_and_clipping():
+    """The bugs: a penalty that is itself scaled or clipped, or subtracted rather than put in the
+    score's place, so that a long high-scoring ramble stays above an honest short answer."""
+    scores = f64([10.0, 30.0, -90.0, 30.0, 10.0])
+    ended = torch.tensor([True, True, True, False, False])
+    result = normalize_scores(scores, mean=10.0, std=5.0, clip=2.0, ended=ended,
+                              missing_end_score=-3.0)
+    assert result.tolist() == [0.0, 2.0, -2.0, -3.0, -3.0]
+    unclipped = normalize_scores(scores, 10.0, 5.0, 0, ended, -3.0)
+    assert unclipped.tolist() == [0.0, 4.0, -20.0, -3.0, -3.0]
+
+
+def test_check_29_a_score_of_exactly_zero_is_a_score():
+    """The bug: `score or missing_end_score`, which takes 0.0 for a missing one."""
+    result = normalize_scores(f64([0.0]), 0.0, 1.0, 5.0, torch.tensor([True]), -3.0)
+    assert result.tolist() == [0.0]
+
+
+def test_check_09_the_score_lands_on_the_last_response_token():
+    """The bug: the reward on the first filler position, or one token early."""
+    kl_per_token = f64([[NAN, 0.5, -0.25, NAN], [1.0, 2.0, 3.0, 4.0], [NAN, NAN, NAN, 0.0]])
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    rewards = token_rewards(f64([1.0, -2.0, 7.0]), kl_per_token, mask, beta=0.1)
+    close(rewards, [[0.0, -0.05, 0.025 + 1.0, 0.0], [-0.1, -0.2, -0.3, -0.4 - 2.0],
+                    [0.0, 0.0, 0.0, 7.0]])
+
+
+def test_check_08_the_end_token_pays_kl_too():
+    """The bug: the score *replaces* the KL term on the last token, so ending is free of charge."""
+    rewards = token_rewards(f64([1.0]), f64([[2.0]]), torch.tensor([[True]]), beta=0.5)
+    assert rewards.item() == 0.0
+
+
+def test_a_row_without_response_is_refused():
+    with pytest.raises(AssertionError, match="nowhere to put its score"):
+        token_rewards(f64([1.0]), f64([[2.0]]), torch.tensor([[False]]), beta=0.5)
+
+
+def test_check_30_beta_moves_with_the_sequence_sum_by_at_most_a_fifth_of_the_error():
+    """The bug: a controller with the wrong sign, or fed with a mean per token."""
+    assert adapt_beta(0.1, kl=6.0, target=6.0, num_episodes=100) == 0.1
+    # Too far from the reference: a larger beta. The error 6.6 / 6 - 1 is 0.1; 9 / 6 is cut to 0.2.
+    assert adapt_beta(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * 1.01, rel=1e-9)
+    assert adapt_beta(0.1, 9.0, 6.0, 100, 1000) == pytest.approx(0.1 * 1.02, rel=1e-9)
+    assert adapt_beta(0.1, 1.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98, rel=1e-9)
+
+
+# ---------------------------------------------------------------- advantages
+
+PROMPT_LENS, LENGTHS, T = torch.tensor([1, 3, 2, 6]), torch.tensor([8, 4, 6, 8]), 8
+
+
+def ragged(generator):
+    """Rewards and values (4, 7) with responses of 7, 1, 4 and 2 tokens; NaN everywhere else."""
+    mask = response_mask(PROMPT_LENS, LENGTHS, T)
+    rewards, values = torch.randn(2, 4, T - 1, generator=generator, dtype=torch.float64)
+    return torch.where(mask, rewards, NAN), torch.where(mask, values, NAN), mask
+
+
+def slow_gae(rewards, values, gamma, lam):
+    """The definition, for one response given as lists: A_t = sum over l of (gamma lam)^l delta_t+l.
+    The value after the last token is 0."""
+    n, values = len(rewards), values + [0.0]
+    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.9, 0.0), (0.9, 1.0), (1.0, 1.0)])
+def test_check_15_gae_equals_a_quadratic_loop_on_ragged_lengths(gamma, lam, generator):
+    """The bug: the recursion starts in the filler and bootstraps from a value that nobody means,
+    or runs on from one row's response into its prompt."""
+    rewards, values, mask = ragged(generator)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b in range(4):
+        expected = slow_gae(rewards[b][mask[b]].tolist(), values[b][mask[b]].tolist(), gamma, lam)
+        close(advantages[b][mask[b]], expected)
+    close(returns[mask], (advantages + values)[mask])
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+def test_check_15_lam_1_gives_reward_to_go_and_lam_0_the_one_step_error(generator):
+    """The bug: gamma or lam in the wrong place of the recursion."""
+    rewards, values, mask = ragged(generator)
+    advantages, returns = gae(rewards, values, mask, 0.9, 1.0)
+    reward_to_go = [sum(0.9 ** (k - t) * rewards[0, k].item() for k in range(t, 7))
+                    for t in range(7)]
+    close(returns[0], reward_to_go)  # whatever the critic believes
+    one_step, _ = gae(rewards, values, mask, 0.9, 0.0)
+    next_values = torch.cat([values[0, 1:], torch.zeros(1)])
+    close(one_step[0], rewards[0] + 0.9 * next_values - values[0])
+
+
+def test_check_15_gae_by_hand():
+    """The bug: any slip in the recursion; here the reader can follow each number."""
+    rewards, values = f64([[0.0, 0.0, 1.0, 9.0]]), f64([[0.5, 0.25, 0.5, 9.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    # deltas: 0.25 - 0.5, 0.5 - 0.25, 1 + 0 - 0.5; from the end: 0.5, 0.25 + 0.25, -0.25 + 0.25.
+    assert advantages.tolist() == [[0.0, 0.5, 0.5, 0.0]]
+    assert returns.tolist() == [[0.5, 0.75, 1.0, 0.0]]
+
+
+def test_check_15_gae_does_not_change_its_arguments(generator):
+    """The bug: an in-place edit of values, which the value clip needs unchanged afterwards."""
+    rewards, values, mask = ragged(generator)
+    copies = rewards.clone(), values.clone()
+    gae(rewards, values, mask, 1.0, 0.95)
+    assert torch.equal(rewards.nan_to_num(), copies[0].nan_to_num())
+    assert torch.equal(values.nan_to_num(), copies[1].nan_to_num())
+
+
+def test_check_20_the_critic_learns_the_returns(generator):
+    """The bug: returns that carry gradient, or a target made from the new values: the critic then
+    chases itself and its explained variance does not rise."""
+    rewards, values, mask = ragged(generator)
+    values = torch.where(mask, values, 0.0)
+    _, returns = gae(rewards, values, mask, 1.0, 0.95)
+    assert not returns.requires_grad
+    critic = values.clone().requires_grad_()
+    optimizer = torch.optim.SGD([critic], lr=5.0)
+    for _ in range(50):
+        optimizer.zero_grad()
+        ppo_value_loss(critic, values, returns, mask, clip_range=0.0)[0].backward()
+        assert (critic.grad[mask] != 0).any()
+        optimizer.step()
+    error = (critic - returns)[mask].var() / returns[mask].var()
+    assert 1 - error > 0.99  # explained variance
