@@ -3,7 +3,7 @@
     python speedrun.py                  one road, about 15 CPU-minutes on one core
     python speedrun.py --quick          the same road in a minute or two; it need not learn much
     python speedrun.py --seeds 3        three roads, each with a world, models and noise of its own
-    python speedrun.py --from_stage rm  start again at a stage
+    python speedrun.py --from rm  start again at a stage
     python speedrun.py --overoptimize   add a long PPO without KL: reward up, gold down
 
 Every stage is a command that you could type; it is printed before it runs. An interrupted road goes
@@ -34,7 +34,7 @@ JUDGE = "data/toy/judge.py:judge"
 class Config:
     quick: bool = False  # a tiny version of every stage, in out/quick
     seeds: int = 1  # how many roads; seed 0 lives in out/, seed k in out/seed_k/
-    from_stage: str = ""  # start again at this stage, even if it was done
+    from_: str = ""  # start again at this stage, even if it was done
     overoptimize: bool = False  # add the long PPO without KL
     out: str = "out"  # where all runs go
 
@@ -139,14 +139,14 @@ def walk(seed, cfg):
     log = json.loads(path.read_text()) if path.exists() else {
         "done": [], "cpu_minutes": {}, "commands": {}, "running": ""}
     stages = [s for s in STAGES if s != "overoptimize" or cfg.overoptimize]
-    if cfg.from_stage:
-        if cfg.from_stage not in stages:
-            raise UserError(f"--from_stage {cfg.from_stage}: expected one of {', '.join(stages)}")
-        log["done"] = stages[: stages.index(cfg.from_stage)]
+    if cfg.from_:
+        if cfg.from_ not in stages:
+            raise UserError(f"--from {cfg.from_}: expected one of {', '.join(stages)}")
+        log["done"] = stages[: stages.index(cfg.from_)]
         log["running"] = ""
     for stage in stages:
         if stage in log["done"]:
-            print(f"{stage}: done before in {out}; --from_stage {stage} does it again")
+            print(f"{stage}: done before in {out}; --from {stage} does it again")
         else:
             run_stage(stage, seed, out, cfg.quick, log)
     results = json.loads(Path(out, "eval", "results.json").read_text())

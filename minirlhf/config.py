@@ -34,23 +34,24 @@ def parse_config(config_class, argv=None, description=None):
     """Build config_class from the command line (argv defaults to the program's own).
 
     `--lr 1` gives the float 1.0 where the field is a float; a bool field takes `--name` and
-    `--no_name`. Raises UserError on an unknown option, naming close matches, and on a value of the
+    `--no_name`; a field `from_` is the option `--from`, since `from` is a word of Python. Raises UserError on an unknown option, naming close matches, and on a value of the
     wrong type. Fields are int, float, str or bool, with a default each.
     """
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, names = field_comments(config_class), []
     for field in dataclasses.fields(config_class):
-        names += [f"--{field.name}"] + ([f"--no_{field.name}"] if field.type is bool else [])
+        option = f"--{field.name.rstrip('_')}"
+        names += [option] + ([f"--no_{field.name}"] if field.type is bool else [])
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         if field.type is bool:
             group = parser.add_mutually_exclusive_group()
-            group.add_argument(f"--{field.name}", action="store_true", help=text)
+            group.add_argument(option, dest=field.name, action="store_true", help=text)
             group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false",
                                help=argparse.SUPPRESS if not field.default else "switch it off")
             parser.set_defaults(**{field.name: field.default})
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default,
+            parser.add_argument(option, dest=field.name, type=field.type, default=field.default,
                                 metavar=field.type.__name__.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

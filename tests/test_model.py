@@ -327,15 +327,12 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 def test_check_34_new_heads_start_at_zero_and_learn(generator):
     """The bug: a new head that starts with random opinions, or one that gets no gradient."""
-    idx = random_ids(generator, 2, 6)
+    idx, mask = random_ids(generator, 2, 6), torch.ones(2, 6, dtype=torch.bool)
     policy = awake_gpt().float()
-    shared = ActorCritic(policy)
-    for model, values in ((ScalarModel(policy.cfg, policy.trunk), None), (shared, 1)):
-        out = model(idx) if values is None else model(idx)[values]
-        assert out.shape == (2, 6) and (out == 0).all()
-        mask, target = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 6)
-        ppo_value_loss(out, out.detach(), target, mask)[0].backward()
-        head = model.head if values is None else model.value_head
+    scalar, shared = ScalarModel(policy.cfg, policy.trunk), ActorCritic(policy)
+    for values, head in ((scalar(idx), scalar.head), (shared(idx)[1], shared.value_head)):
+        assert values.shape == (2, 6) and (values == 0).all()
+        ppo_value_loss(values, values.detach(), torch.ones(2, 6), mask)[0].backward()
         assert (head.weight.grad != 0).any() and (head.bias.grad != 0).all()
 
 

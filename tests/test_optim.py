@@ -1,0 +1,64 @@
+"""Parameter groups, AdamW's first step by hand, and the learning-rate schedule."""
+
+import math
+
+import pytest
+import torch
+from conftest import close, tiny_config
+
+from minirlhf.model import GPT, ScalarModel
+from minirlhf.optim import lr_at, make_optimizer, set_lr
+
+
+def test_only_matrices_decay_and_every_parameter_is_there_once():
+    model = GPT(tiny_config())  # its tied head is the embedding: one tensor
+    decayed, plain = make_optimizer(model, 1e-3, weight_decay=0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in plain["params"])
+    ids = [id(p) for p in decayed["params"] + plain["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+
+
+def test_frozen_parameters_are_left_out():
+    model = ScalarModel(tiny_config())
+    model.trunk.requires_grad_(False)
+    groups = make_optimizer(model, 1e-3).param_groups
+    assert [p is q for group, q in zip(groups, (model.head.weight, model.head.bias))
+            for p in group["params"]] == [True, True]
+
+
+def test_adamws_first_step_by_hand():
+    layer = torch.nn.Linear(2, 1).double()
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, -0.5]]).double(), torch.ones(1).double()
+    make_optimizer(layer, lr=0.1, weight_decay=0.2, eps=1e-8).step()
+    # The bias-corrected moments of the first step are g and g^2, so the step is lr * g / |g|: its
+    # size forgets the gradient's. Decay is apart from it: the weight shrinks by lr * weight_decay.
+    close(layer.weight, weight * (1 - 0.1 * 0.2) - 0.1 * torch.tensor([[1.0, -1.0]]), rtol=1e-6)
+    close(layer.bias, bias - 0.1, rtol=1e-6)
+
+
+def test_set_lr_sets_it_in_every_group():
+    optimizer = make_optimizer(GPT(tiny_config()), 1e-3)
+    set_lr(optimizer, 5e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
+
+
+def test_the_warmup_ends_at_lr_and_wastes_no_step():
+    assert [lr_at(s, 100, 1.0, warmup=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_the_fall_starts_at_lr_and_ends_at_final(shape):
+    lrs = [lr_at(s, 100, 2.0, warmup=0, final=0.1, shape=shape) for s in range(101)]
+    assert lrs[0] == 2.0 and lrs[100] == pytest.approx(0.2, rel=1e-9)
+    assert lrs[50] == pytest.approx(1.1, rel=1e-9)  # both are halfway down halfway through
+    assert all(a > b for a, b in zip(lrs, lrs[1:]))
+
+
+def test_cosine_by_hand_and_constant():
+    assert lr_at(25, 100, 1.0) == pytest.approx((1 + math.sqrt(0.5)) / 2, rel=1e-9)
+    assert {lr_at(s, 100, 3.0, shape="constant") for s in range(100)} == {3.0}
+    with pytest.raises(ValueError, match="'cosin'.*'cosine'"):
+        lr_at(0, 100, 1.0, shape="cosin")
