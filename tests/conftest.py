@@ -25,13 +25,14 @@ def tiny_config(**options):
                                  n_hidden=24), **options})
 
 
-def wake(model, seed=0, std=0.3):
-    """Draw every parameter anew, large: at initialisation biases are 0, gains are 1 and all logits
-    are alike, so a forgotten bias or a wrong mask would hardly show."""
+def wake(model, seed=1, std=0.5):
+    """Move every parameter far from where it starts: at initialisation biases are 0, gains are 1
+    and all logits are alike, so a forgotten bias or a wrong mask would hardly show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * std)
+        for name, p in model.named_parameters():
+            gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            p.copy_(gain + std * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return model
 
 

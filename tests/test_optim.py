@@ -31,7 +31,8 @@ def test_frozen_parameters_are_left_out():
 def test_adamws_first_step_by_hand():
     layer = torch.nn.Linear(2, 1).double()
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, -0.5]]).double(), torch.ones(1).double()
+    layer.weight.grad = torch.tensor([[3.0, -0.5]], dtype=torch.float64)
+    layer.bias.grad = torch.tensor([2.0], dtype=torch.float64)
     make_optimizer(layer, lr=0.1, weight_decay=0.2, eps=1e-8).step()
     # The bias-corrected moments of the first step are g and g^2, so the step is lr * g / |g|: its
     # size forgets the gradient's. Decay is apart from it: the weight shrinks by lr * weight_decay.

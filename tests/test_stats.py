@@ -63,8 +63,8 @@ def test_compare_turned_round_is_the_complement():
 
 
 def test_samples_of_one_prompt_do_not_narrow_the_interval():
-    """The bug: two samples of one prompt resampled as if they were two prompts. Here they are equal,
-    so the second tells nothing new."""
+    """The bug: two samples of one prompt resampled as if they were two prompts. Here a prompt's
+    samples are all equal, so the others tell nothing new."""
     rng = random.Random(3)
     a, b = ([[rng.random()] for _ in range(60)] for _ in range(2))
     once, four_times = compare(a, b), compare([row * 4 for row in a], [row * 4 for row in b])

@@ -21,12 +21,14 @@ import judge
 import world
 
 # ---- Tuning: what the pretraining text is made of, by number of documents ------------------------
-DOCUMENT_WEIGHTS = {"dialogue": 44, "exchange": 18, "facts": 12, "sums": 8, "list": 3,
-                    "reverse": 9, "story": 6}
+DOCUMENT_WEIGHTS = {"dialogue": 40, "exchange": 16, "facts": 8, "quiz": 12, "sums": 8, "list": 5,
+                    "reverse": 6, "story": 5}
 DIALOGUE_TURNS = {1: 60, 2: 30, 3: 10}      # tasks in one dialogue; a follow-up adds its own turn
 WRONG_FACT_SHARE = 0.03                     # of plain sentences: the internet errs, but seldom
 NAMES = ["Anna", "Ben", "Tom", "Ada", "Max", "Eva", "Sam", "Lily"]
 PLACES = ["lake", "mill", "bridge", "market", "garden"]
+QUIZ = {"sum": "{} plus {}?", "opposite": "The opposite of {}?", "colour": "The colour of {}?",
+        "sound": "The sound of {}?"}
 NUM_SENTENCES = 4                           # of a document of facts or sums
 
 
@@ -55,6 +57,17 @@ def facts_document(rng):
             f"{short[:-1]}: {subject}",
             f"Did you know? {full}",
         ]))
+    return "\n".join(lines)
+
+
+def quiz_document(rng):
+    """Short questions with one-word answers: what a brief answer has to know at its first word."""
+    lines = []
+    for _ in range(2 * NUM_SENTENCES):
+        skill = rng.choice(list(QUIZ))
+        subject = any_subject(rng, skill)
+        asked = QUIZ[skill].format(*subject) if skill == "sum" else QUIZ[skill].format(subject)
+        lines.append(f"{asked} {world.state(skill, subject, world.truth(rng, skill, subject))[1]}")
     return "\n".join(lines)
 
 
@@ -143,7 +156,7 @@ def exchange_document(rng):
 def pretraining_text(rng, num_bytes):
     """Documents of all sorts until the text has `num_bytes` bytes; returns one string."""
     write = {"dialogue": dialogue_document, "exchange": exchange_document, "facts": facts_document,
-             "sums": sums_document, "list": list_document, "reverse": reverse_document,
+             "quiz": quiz_document, "sums": sums_document, "list": list_document, "reverse": reverse_document,
              "story": story_document}
     documents, size = [], 0
     while size < num_bytes:

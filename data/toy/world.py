@@ -20,8 +20,8 @@ import random
 import re
 
 # ---- Tuning: sizes ------------------------------------------------------------------------------
-PRETRAIN_BYTES = 4_000_000      # about 1,300,000 tokens
-NUM_DEMONSTRATIONS = 4000
+PRETRAIN_BYTES = 4_500_000      # about 1,500,000 tokens
+NUM_DEMONSTRATIONS = 6000
 NUM_PROMPTS = 4000              # for sampling, reward modelling and PPO
 NUM_HELD_OUT = 1200             # prompts of held-out combinations
 NUM_HELD_OUT_UNSAFE = 320
