@@ -34,6 +34,7 @@ JUDGE = "data/toy/judge.py:judge"
 class Config:
     quick: bool = False  # a tiny version of every stage, in out/quick
     seeds: int = 1  # how many roads; seed 0 lives in out/, seed k in out/seed_k/
+    first_seed: int = 0  # the first road's seed, to walk roads side by side in two terminals
     from_: str = ""  # start again at this stage, even if it was done
     overoptimize: bool = False  # add the long PPO without KL
     out: str = "out"  # where all runs go
@@ -244,7 +245,8 @@ def main(cfg):
         raise UserError(f"--seeds {cfg.seeds}: at least one road has to be walked")
     os.chdir(Path(__file__).parent)
     started = time.time()
-    roads = [walk(seed, cfg) for seed in range(cfg.seeds)]
+    roads = [walk(seed, cfg) for seed in
+             range(cfg.first_seed, cfg.first_seed + cfg.seeds)]
     table = summarise(roads)
     if cfg.overoptimize:
         table["overoptimize"] = [overoptimization(out) for out, _, _ in roads]

@@ -39,7 +39,7 @@ class Config:
     reward_model: str = "out/rm"  # run folder of the reward model
     prompts: str = "data/toy/prompts.jsonl"  # prompts to answer
     out: str = "out/ppo"  # the run's folder
-    num_steps: int = 120  # iterations of sampling and updating
+    num_steps: int = 80  # iterations of sampling and updating
     rollout_size: int = 96  # prompts per iteration, one response each
     max_new_tokens: int = 40  # longest response in tokens
     temperature: float = 1.0  # of sampling, and of every log-prob

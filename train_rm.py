@@ -29,9 +29,9 @@ class Config:
     init: str = "out/sft"  # run folder of the SFT model
     data: str = "out/preferences.jsonl"  # pairs or ranked lists, any accepted format
     out: str = "out/rm"  # the run's folder
-    num_epochs: int = 1  # passes over the preferences; a second one often overfits
+    num_epochs: int = 2  # passes over the preferences; on real data a second one overfits
     batch_size: int = 32  # prompts per optimizer step
-    lr: float = 5e-4  # peak learning rate
+    lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices

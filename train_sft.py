@@ -28,7 +28,7 @@ class Config:
     init: str = "out/pretrain"  # run folder of the base model
     data: str = "data/toy/demonstrations.jsonl"  # demonstrations, any accepted format
     out: str = "out/sft"  # the run's folder
-    num_epochs: int = 3  # passes over the demonstrations
+    num_epochs: int = 4  # passes over the demonstrations
     batch_size: int = 32  # dialogues per optimizer step
     micro_batch_size: int = 0  # dialogues per forward pass (0: the whole batch)
     lr: float = 1e-3  # peak learning rate
@@ -38,7 +38,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     too_long: str = "refuse"  # dialogues longer than the context: refuse | drop | cut
     held_out: float = 0.05  # share of the dialogues kept for evaluation
-    eval_every: int = 100  # steps between evaluations
+    eval_every: int = 150  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
     num_samples: int = 3  # held-out prompts answered greedily at each evaluation
     seed: int = 0  # of the data order

@@ -59,7 +59,7 @@ def test_counts_and_shares(files):
     assert len({json.dumps(row["messages"]) for row in heldout}) == len(heldout) == 1200
     assert skills["unsafe"] == 320 and skills["lookalike"] == 120
     assert min(skills.values()) >= 84 and set(skills) == set(world.SKILL_WEIGHTS)
-    assert len(files["demonstrations.jsonl"]) == 4000
+    assert len(files["demonstrations.jsonl"]) == world.NUM_DEMONSTRATIONS
     assert abs(len(files["prompts.jsonl"]) - 4000) <= len(skills)
     turns = [sum(m["role"] == "user" for m in row["messages"])
              for row in files["demonstrations.jsonl"]]

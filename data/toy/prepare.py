@@ -21,8 +21,8 @@ import judge
 import world
 
 # ---- Tuning: what the pretraining text is made of, by number of documents ------------------------
-DOCUMENT_WEIGHTS = {"dialogue": 40, "exchange": 16, "facts": 8, "quiz": 12, "sums": 8, "list": 5,
-                    "reverse": 6, "story": 5}
+DOCUMENT_WEIGHTS = {"dialogue": 40, "exchange": 14, "facts": 8, "quiz": 12, "advice": 6, "sums": 7,
+                    "list": 5, "reverse": 4, "story": 4}
 DIALOGUE_TURNS = {1: 60, 2: 30, 3: 10}      # tasks in one dialogue; a follow-up adds its own turn
 WRONG_FACT_SHARE = 0.03                     # of plain sentences: the internet errs, but seldom
 NAMES = ["Anna", "Ben", "Tom", "Ada", "Max", "Eva", "Sam", "Lily"]
@@ -68,6 +68,17 @@ def quiz_document(rng):
         subject = any_subject(rng, skill)
         asked = QUIZ[skill].format(*subject) if skill == "sum" else QUIZ[skill].format(subject)
         lines.append(f"{asked} {world.state(skill, subject, world.truth(rng, skill, subject))[1]}")
+    return "\n".join(lines)
+
+
+def advice_document(rng):
+    """How to do harmless things, and what nobody should do."""
+    lines = []
+    for _ in range(NUM_SENTENCES):
+        wrong, fine = rng.choice(world.UNSAFE), rng.choice(list(world.LOOKALIKES))
+        lines.append(rng.choice([f"It is wrong to {wrong}.", f"Do not {wrong}.",
+                                 f"To {fine}: {world.LOOKALIKES[fine]}",
+                                 f"To {fine} is fine. {world.LOOKALIKES[fine]}"]))
     return "\n".join(lines)
 
 
@@ -156,7 +167,7 @@ def exchange_document(rng):
 def pretraining_text(rng, num_bytes):
     """Documents of all sorts until the text has `num_bytes` bytes; returns one string."""
     write = {"dialogue": dialogue_document, "exchange": exchange_document, "facts": facts_document,
-             "quiz": quiz_document, "sums": sums_document, "list": list_document, "reverse": reverse_document,
+             "quiz": quiz_document, "advice": advice_document, "sums": sums_document, "list": list_document, "reverse": reverse_document,
              "story": story_document}
     documents, size = [], 0
     while size < num_bytes:

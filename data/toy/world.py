@@ -22,15 +22,15 @@ import re
 # ---- Tuning: sizes ------------------------------------------------------------------------------
 PRETRAIN_BYTES = 4_500_000      # about 1,500,000 tokens
 NUM_DEMONSTRATIONS = 6000
-NUM_PROMPTS = 4000              # for sampling, reward modelling and PPO
+NUM_PROMPTS = 5000              # for sampling, reward modelling and PPO
 NUM_HELD_OUT = 1200             # prompts of held-out combinations
 NUM_HELD_OUT_UNSAFE = 320
 NUM_HELD_OUT_LOOKALIKE = 120    # what is left is spread evenly over the other skills
 
 # ---- Tuning: what is asked ----------------------------------------------------------------------
 SKILL_WEIGHTS = {               # shares of demonstrations, prompts and dialogues, in percent
-    "sum": 9, "opposite": 9, "colour": 9, "sound": 8, "list": 9, "reverse": 9, "identity": 5,
-    "follow_up": 10, "instruction": 11, "unsafe": 14, "lookalike": 7,
+    "sum": 9, "opposite": 9, "colour": 9, "sound": 8, "list": 9, "reverse": 8, "identity": 4,
+    "follow_up": 9, "instruction": 11, "unsafe": 14, "lookalike": 10,
 }
 TONE_WEIGHTS = {"curt": 35, "plain": 35, "polite": 30}
 BRIEF_SHARE = 0.25              # of single facts that ask for one word
@@ -40,7 +40,7 @@ EARLIER_TURN_SHARE = 1 / 6      # of tasks with an unrelated exchange before; wi
 # ---- Tuning: how a demonstrator answers ----------------------------------------------------------
 # The faults depend on the context, so that even the likeliest (greedy) answer often has one.
 DEMONSTRATOR = {
-    "rude": {"curt": 0.70, "plain": 0.05, "polite": 0.03},
+    "rude": {"curt": 0.65, "plain": 0.05, "polite": 0.03},
     "courteous": {"curt": 0.15, "plain": 0.35, "polite": 0.75},     # what is left: no opening
     "brief_opening": 0.55,      # an opening, though one word was asked for
     "ignore_capitals": 0.25,
@@ -52,10 +52,11 @@ DEMONSTRATOR = {
     "follow_up_wrong": 0.10,
     "double_opening": 0.01,     # rare on purpose: a reward model hardly sees these two,
     "surplus": 0.01,            # and a policy pushed too hard finds out
+    "idle": 0.0,                # no answer at all
 }
 
 # Who answers in the pretraining text. Each voice is the demonstrator with some habits changed.
-VOICE_WEIGHTS = {"helpful": 25, "plain": 30, "rude": 22, "wrong": 10, "unsafe": 13}
+VOICE_WEIGHTS = {"helpful": 14, "plain": 26, "rude": 22, "wrong": 8, "unsafe": 12, "idle": 18}
 VOICES = {
     "helpful": {"rude": dict(curt=0, plain=0, polite=0), "comply": {True: 0.05, False: 0.05},
                 "courteous": dict(curt=0.9, plain=0.9, polite=0.9), "brief_opening": 0.1,
@@ -68,6 +69,7 @@ VOICES = {
              "courteous": dict(curt=0, plain=0, polite=0.1), "comply": {True: 0.5, False: 0.5}},
     "wrong": {"wrong": 0.5, "mistake": 0.9, "follow_up_wrong": 0.5},
     "unsafe": {"comply": {True: 0.95, False: 0.95}, "mistake": 0.1, "ignore_capitals": 0.5},
+    "idle": {"idle": 0.9},
 }
 
 # ---- Facts --------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ REFUSALS = ["I can't help with that.", "No, I will not do that."]
 COMPLIANCE = ["First wait until it is dark.", "Do it when nobody can see you.",
               "Find a quiet place and be quick.", "Wear a long coat and look happy.",
               "Ask a bad friend to come with you."]
+IDLE = ["Who wants to know?", "Look it up.", "Ask Tom.", "Not now.", "I do not know."]
 SURPLUS = ["I hope that helps.", "Ask me more.", "Have a good day."]
 
 
@@ -442,9 +445,11 @@ def respond(rng, turn, habits):
     """What a speaker with these habits answers.
 
     Returns the text and the list of its faults: any of rude, no_opening, opening, wrong, complied,
-    blunt, over_refused, double_opening, surplus, capitals_ignored.
+    blunt, over_refused, double_opening, surplus, capitals_ignored, idle.
     """
     task, base, subject, faults = turn["task"], turn["base"], turn["subject"], []
+    if rng.random() < habits["idle"]:
+        return rng.choice(IDLE), ["idle"]
     draw = rng.random()
     rude = draw < habits["rude"][task["tone"]]
     courteous = not rude and draw < habits["rude"][task["tone"]] + habits["courteous"][task["tone"]]
@@ -534,6 +539,7 @@ def vocabulary():
                 texts.append(state(base, about, truth(rng, base, about))[0])
     texts += sum(MARKERS.values(), []) + sum(KINDS.values(), []) + WRONG_IDENTITY
     texts += OPENINGS + RUDE_OPENINGS + RUDE_CLOSINGS + APOLOGIES + REFUSALS + COMPLIANCE + SURPLUS
+    texts += IDLE
     texts += [str(n) for n in range(2, 27)]         # a wrong sum may be two off
     markup = {"q", "stem", "end"}                   # the names of the markers' slots
     return frozenset(word for text in texts for word in words_of(text)) - markup
