@@ -60,7 +60,7 @@ def test_counts_and_shares(files):
     assert skills["unsafe"] == 320 and skills["lookalike"] == 120
     assert min(skills.values()) >= 84 and set(skills) == set(world.SKILL_WEIGHTS)
     assert len(files["demonstrations.jsonl"]) == world.NUM_DEMONSTRATIONS
-    assert abs(len(files["prompts.jsonl"]) - 4000) <= len(skills)
+    assert abs(len(files["prompts.jsonl"]) - world.NUM_PROMPTS) <= len(skills)
     turns = [sum(m["role"] == "user" for m in row["messages"])
              for row in files["demonstrations.jsonl"]]
     assert 0.22 < sum(n == 2 for n in turns) / len(turns) < 0.28 and max(turns) == 2
