@@ -116,7 +116,7 @@ def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
         "response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs,
         "values": values, "scores": scores, "kl": kl, "rewards": rewards,
         "advantages": advantages, "returns": returns, "whitened_advantages": whitened_advantages,
-        "entropy": torch.where(mask, entropy(logits[:, :-1] / cfg.temperature), zero),
+        "entropy": zero.masked_scatter(mask, entropy(logits[:, :-1][mask] / cfg.temperature)),
     }
 
 
@@ -220,14 +220,18 @@ def main(cfg):
     print(f"model  | {sum(p.numel() for p in actor.parameters()):,} trained parameters")
 
     def largest_batch():
-        longest = max(prompts, key=len)[: policy.cfg.block_size - cfg.max_new_tokens]
-        longest = longest or max(prompts, key=len)
-        size = cfg.micro_batch_size or cfg.minibatch_size
-        rollout = collect_rollout(actor, reference, reward_model, [longest] * cfg.rollout_size,
-                                  cfg.beta, cfg, run)
-        rows = list(range(min(size, cfg.rollout_size)))
-        minibatch_loss(actor, rollout, rows, rollout["response_mask"][rows].sum(), cfg,
-                       run)[0].backward()
+        """The longest prompt with a response that fills its room, scored and trained on."""
+        B, T = cfg.rollout_size, min(policy.cfg.block_size,
+                                     max(map(len, prompts)) + cfg.max_new_tokens)
+        rollout = {name: torch.zeros(B, T - 1, device=run.device) for name in (
+            "logprobs", "values", "returns", "whitened_advantages")}
+        rollout["tokens"] = torch.zeros(B, T, dtype=torch.int64, device=run.device)
+        rollout["lengths"] = torch.full((B,), T, device=run.device)
+        rollout["response_mask"] = torch.ones(B, T - 1, dtype=torch.bool, device=run.device)
+        with torch.no_grad(), run.autocast():
+            actor(rollout["tokens"])
+        rows = list(range(min(B, cfg.micro_batch_size or cfg.minibatch_size)))
+        minibatch_loss(actor, rollout, rows, B * T, cfg, run)[0].backward()
         actor.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
