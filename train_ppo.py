@@ -237,7 +237,10 @@ def main(cfg):
     run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
     saved = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     first_step = run.restore(model=policy, actor=actor, **saved)
-    beta = run.history[-1]["beta"] if cfg.kl_target > 0 and run.history else cfg.beta
+    beta = cfg.beta
+    if cfg.kl_target > 0 and run.history:  # resumed: take the step that follows the last logged one
+        beta = adapt_beta(run.history[-1]["beta"], run.history[-1]["kl"], cfg.kl_target,
+                          cfg.rollout_size)
 
     # 4. The loop.
     for step in range(first_step + 1, cfg.num_steps + 1):
