@@ -21,8 +21,7 @@ from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_preferences, read_prompts, write_jsonl
 from minirlhf.generate import sample_prompts
 from minirlhf.masked import masked_sum, token_logprobs
-from minirlhf.runs import (build_model, load_checkpoint, load_function, load_model, pick_device,
-                           pick_dtype)
+from minirlhf.runs import load_function, load_model, pick_device, pick_dtype
 from minirlhf.stats import compare, wilson
 
 
@@ -58,10 +57,11 @@ class Evaluator:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.rows = read_prompts(cfg.prompts)[: cfg.limit or None]
         self.judge = load_function(cfg.judge) if cfg.judge else None
+        self.preferences = read_preferences(cfg.preferences) if cfg.preferences else None
         self.reward_model = None
         if cfg.reward_model:
-            ckpt = load_checkpoint(cfg.reward_model, "python train_rm.py", "scalar")
-            self.reward_model = build_model(ckpt).to(self.device).eval()
+            self.reward_model, self.reward_tokenizer = load_model(cfg.reward_model, "scalar",
+                                                                  self.device)
         if not (self.judge or self.reward_model):
             raise UserError("nobody to score the answers; give --judge or --reward_model")
 
@@ -189,7 +189,7 @@ def toy_rates(player, rows):
 
 def measure_reward_model(ev, tokenizer):
     """Accuracy on held-out pairs, beside the ceiling where the rows carry the annotators' gold."""
-    rows = read_preferences(ev.cfg.preferences)
+    rows = ev.preferences
     sequences = [encode_answer(tokenizer, row["messages"], answer)[0]
                  for row in rows for answer in row["answers"]]
     scores = iter(score_sequences(ev.reward_model, sequences, ev))
@@ -230,12 +230,26 @@ def collect_players(cfg, ev):
     reference, tokenizer = load_model(cfg.against, device=ev.device)
     prompts = encode_prompts(tokenizer, ev.rows, reference.cfg.block_size, cfg.prompts)
     stop = [tokenizer.end_id]
-    players = {}
-    for folder in [cfg.against, *filter(None, cfg.models.split(","))]:
-        model, its_tokenizer = load_model(folder, device=ev.device)
+    # Load everything before the first answer is sampled: a wrong path should cost no time.
+    folders = [cfg.against, *filter(None, cfg.models.split(","))]
+    if len({Path(folder).name for folder in folders}) < len(folders):
+        raise UserError(f"two of {', '.join(folders)} have the same last name, by which the table "
+                        "calls them; rename a folder")
+    loaded = {folder: load_model(folder, device=ev.device) for folder in folders}
+    vocabularies = {folder: its_tokenizer for folder, (_, its_tokenizer) in loaded.items()}
+    if ev.reward_model:
+        vocabularies[cfg.reward_model] = ev.reward_tokenizer
+    for folder, its_tokenizer in vocabularies.items():
         if its_tokenizer.fingerprint() != tokenizer.fingerprint():
             raise UserError(f"{folder} has another vocabulary than {cfg.against}; compare models "
                             "of one base model")
+    if cfg.base:
+        base, base_tokenizer = load_model(cfg.base, device=ev.device)
+        plain_prompt = load_function(cfg.plain)
+        plain = [base_tokenizer.encode(plain_prompt(row["messages"], True)) for row in ev.rows]
+
+    players = {}
+    for folder, (model, _) in loaded.items():
         name = Path(folder).name
         answers = ev.answer(model, tokenizer, prompts, stop, 1.0)
         players[name] = {"answers": answers, "kl": ev.kl(model, reference, prompts, answers)}
@@ -252,12 +266,9 @@ def collect_players(cfg, ev):
             [samples[max(range(len(samples)), key=lambda k: r[k] if samples[k]["ended"] else -1e9)]]
             for samples, r in zip(answers, rewards)]}
     if cfg.base:
-        model, its_tokenizer = load_model(cfg.base, device=ev.device)
-        plain_prompt = load_function(cfg.plain)
-        plain = [its_tokenizer.encode(plain_prompt(row["messages"], True)) for row in ev.rows]
         # A base model knows no end token: its turn is over at the next line break.
-        breaks = [i for i in range(len(its_tokenizer.ranks)) if b"\n" in its_tokenizer.ranks[i]]
-        answers = ev.answer(model, its_tokenizer, plain, breaks, 1.0)
+        breaks = [i for i in range(len(base_tokenizer.ranks)) if b"\n" in base_tokenizer.ranks[i]]
+        answers = ev.answer(base, base_tokenizer, plain, breaks, 1.0)
         for samples in answers:
             for s in samples:
                 s["text"] = s["text"].split("\n")[0].strip()

@@ -50,7 +50,7 @@ def respond(model, prompts, cfg, generator, stop_ids, num_samples=1):
 
 
 def chat(model, tokenizer, cfg, generator):
-    """Read user turns from the terminal until an empty line; the oldest turns leave a full context."""
+    """Read user turns until an empty line; the oldest turns leave a context that is full."""
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     turns = []
     print("An empty line ends the conversation.")
@@ -74,10 +74,12 @@ def chat(model, tokenizer, cfg, generator):
 
 
 def main(cfg):
-    if not (cfg.prompt or cfg.chat or cfg.prompts):
-        raise UserError("nothing to do; give --prompt TEXT, --chat, or --prompts FILE --save FILE")
+    if [bool(cfg.prompt), cfg.chat, bool(cfg.prompts)].count(True) != 1:
+        raise UserError("give one of --prompt TEXT, --chat, and --prompts FILE --save FILE")
     if bool(cfg.prompts) != bool(cfg.save):
         raise UserError("--prompts FILE and --save FILE go together")
+    if cfg.plain and not cfg.prompt:
+        raise UserError("--plain goes with --prompt TEXT; a file and a chat hold messages")
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)
     rows = read_prompts(cfg.prompts) if cfg.prompts else []

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minirlhf.batches import encode_answer, epoch_batches, fit, pad_right, shifted_mask
+from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, shifted_mask,
+                              split_by_prompt)
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_preferences
 from minirlhf.losses import dpo_loss
@@ -148,11 +149,8 @@ def main(cfg):
     rows = read_preferences(cfg.data)
     model, reference = run.model("init"), frozen(run.model("init"))
     pairs = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
-    distinct = sorted({pair["prompt"] for pair in pairs})
-    shuffled = torch.randperm(len(distinct), generator=run.data_order).tolist()
-    kept_out = {distinct[i] for i in shuffled[: max(1, int(cfg.held_out * len(distinct)))]}
-    held_out = [pair for pair in pairs if pair["prompt"] in kept_out]
-    train = [pair for pair in pairs if pair["prompt"] not in kept_out]
+    train, held_out = ([pairs[i] for i in side] for side in split_by_prompt(
+        [pair["prompt"] for pair in pairs], cfg.held_out, run.data_order))
     if not train or not held_out:
         raise UserError(f"{cfg.data}: {len(pairs)} pairs are too few to train on")
     lengths = [max(len(pair["chosen"][0]), len(pair["rejected"][0])) for pair in train]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.batches import encode_prompts, response_mask
-from minirlhf.config import command_line
+from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_prompts
 from minirlhf.generate import generate
 from minirlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -196,6 +196,9 @@ def main(cfg):
     # 1. Set-up: the folder, both checkpoints and the tokenizer that they share.
     run = start_run(cfg, needs={"init": "sft", "reward_model": "rm"})
     judge = load_function(cfg.judge) if cfg.judge else None
+    if cfg.temperature == 0:
+        raise UserError("--temperature 0: greedy answers have no log-probs to learn from; PPO "
+                        "needs a number above 0")
 
     # 2. Data: encode the prompts, plan which are answered in which iteration.
     rows = read_prompts(cfg.prompts)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import encode_answer, encode_prompts, epoch_batches, fit, pad_right
+from minirlhf.batches import encode_answer, epoch_batches, fit, pad_right, split_by_prompt
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_preferences
 from minirlhf.generate import generate
@@ -164,15 +164,17 @@ def main(cfg):
     rows = read_preferences(cfg.data)
     policy = run.model("init")
     examples = encode(rows, run.tokenizer, policy.cfg.block_size, cfg)
-    # All rows of one prompt stay on one side, else the held-out pairs would not be new.
     texts = ["\n".join(m["content"] for m in rows[e["row"]]["messages"]) for e in examples]
-    distinct = sorted(set(texts))
-    shuffled = torch.randperm(len(distinct), generator=run.data_order).tolist()
-    kept_out = {distinct[i] for i in shuffled[: max(1, int(cfg.held_out * len(distinct)))]}
-    held_out = [e for e, text in zip(examples, texts) if text in kept_out]
-    train = [e for e, text in zip(examples, texts) if text not in kept_out]
+    train, held_out = ([examples[i] for i in side] for side in
+                       split_by_prompt(texts, cfg.held_out, run.data_order))
     if not train or not held_out:
         raise UserError(f"{cfg.data}: {len(examples)} prompts with a strict pair are too few")
+    # The SFT model will answer these to set the scores' scale; a cut row's prompt may have no room.
+    prompts = [run.tokenizer.encode_prompt(rows[e["row"]]["messages"]) for e in train]
+    prompts = [ids for ids in prompts if len(ids) < policy.cfg.block_size][: cfg.num_normalize]
+    if len(prompts) < 2:
+        raise UserError(f"--num_normalize {cfg.num_normalize} with {len(train)} prompts to train "
+                        "on: at least 2 prompts are needed to measure the scores' deviation")
     lengths = [max(map(len, e["ids"])) for e in train]
     batches = [batch for _ in range(cfg.num_epochs)
                for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
@@ -215,8 +217,6 @@ def main(cfg):
             num_tokens = 0
         if step == num_steps:
             # 5. Normalisation: scores of the SFT model's answers get mean 0 and deviation 1.
-            prompts = encode_prompts(run.tokenizer, [rows[e["row"]] for e in train],
-                                     policy.cfg.block_size, cfg.data)[: cfg.num_normalize]
             mean, std = measure_scores(model, policy, prompts, cfg, run)
             model.score_mean.copy_(mean)
             model.score_std.copy_(std)

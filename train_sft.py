@@ -86,13 +86,14 @@ def evaluate(model, examples, run):
     return total / count
 
 
-def show_samples(model, rows, step, run):
+def show_samples(model, examples, step, run):
     """Answer the last user turn of a few held-out dialogues, greedily."""
-    for row in rows:
-        prompt = run.tokenizer.encode_prompt(row["messages"][:-1])
+    for ids, mask in examples:
+        prompt = ids[: len(mask) - mask[::-1].index(False)]  # all before the last assistant turn
         rollout = generate(model, [prompt], 40, [run.tokenizer.end_id], temperature=0)
         answer = run.tokenizer.decode_response(rollout.responses()[0])
-        run.show(step, f"  user: {row['messages'][-2]['content']}\n  model: {answer}")
+        user = run.tokenizer.decode(prompt).split("<|user|>")[-1].split("<|end|>")[0]
+        run.show(step, f"  user: {user}\n  model: {answer}")
 
 
 def main(cfg):
@@ -154,7 +155,7 @@ def main(cfg):
             run.log(step, num_steps, num_tokens, loss=loss, val_loss=evaluate(model, held_out, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-            show_samples(model, [rows[i] for i in order[: cfg.num_samples]], step, run)
+            show_samples(model, held_out[: cfg.num_samples], step, run)
         if step % cfg.save_every == 0 or step == num_steps:
             run.save(step, model=model, optimizer=optimizer)
     return run.history

@@ -77,6 +77,21 @@ def epoch_batches(lengths, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def split_by_prompt(prompts, share, generator):
+    """Indices of training rows and of held-out rows: (list, list).
+
+    prompts: one text per row; share: of the distinct prompts to hold out, at least one. All rows of
+    a prompt stay on one side, else held-out pairs would ask about prompts already seen.
+    """
+    distinct = sorted(set(prompts))
+    order = torch.randperm(len(distinct), generator=generator).tolist()
+    kept_out = {distinct[i] for i in order[: max(1, int(share * len(distinct)))]}
+    sides = [[], []]
+    for i, prompt in enumerate(prompts):
+        sides[prompt in kept_out].append(i)
+    return sides[0], sides[1]
+
+
 def fit(ids, mask, max_len, too_long, where):
     """Make one encoded example fit the context.
 

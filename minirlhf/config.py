@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 
@@ -13,6 +14,15 @@ class UserError(ValueError):
 
     `command_line` prints it and exits with 2. Any other exception is a bug and keeps its traceback.
     """
+
+
+# Numbers have to be finite and at least 0, except for these. What 0 switches off is not listed here:
+# the field's comment says so.
+ABOVE_0 = ("n_layer", "n_head", "n_embd", "block_size", "num_steps", "num_epochs", "num_samples",
+           "batch_size", "rollout_size", "minibatch_size", "max_new_tokens", "eval_every",
+           "save_every", "grad_clip", "top_p")
+UP_TO_1 = ("dropout", "held_out", "label_smoothing", "gamma", "lam", "top_p")
+ANY_SIGN = ("missing_end_score",)
 
 
 def field_comments(config_class):
@@ -34,8 +44,10 @@ def parse_config(config_class, argv=None, description=None):
     """Build config_class from the command line (argv defaults to the program's own).
 
     `--lr 1` gives the float 1.0 where the field is a float; a bool field takes `--name` and
-    `--no_name`; a field `from_` is the option `--from`, since `from` is a word of Python. Raises UserError on an unknown option, naming close matches, and on a value of the
-    wrong type. Fields are int, float, str or bool, with a default each.
+    `--no_name`; a field `from_` is the option `--from`, since `from` is a word of Python. A comment
+    with `this | that` in it lists all that a str may be. Raises UserError on an unknown option,
+    naming close matches, on a value of the wrong type, and on a number that makes no sense. Fields
+    are int, float, str or bool, with a default each.
     """
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,14 +63,31 @@ def parse_config(config_class, argv=None, description=None):
                                help=argparse.SUPPRESS if not field.default else "switch it off")
             parser.set_defaults(**{field.name: field.default})
         else:
+            listed = re.search(r"\w+(?: \| \w+)+", comments.get(field.name, ""))
             parser.add_argument(option, dest=field.name, type=field.type, default=field.default,
+                                choices=listed and listed[0].split(" | "),
                                 metavar=field.type.__name__.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "--help lists every option"
         raise UserError(f"unknown option {unknown[0]}; {hint}")
-    return config_class(**vars(args))
+    cfg = config_class(**vars(args))
+    check_numbers(cfg)
+    return cfg
+
+
+def check_numbers(cfg):
+    """Refuse what would fail, or train nothing, only after minutes: no steps, an empty batch, NaN."""
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        if field.type not in (int, float):
+            continue
+        expected = "above 0" if name in ABOVE_0 else "of any sign" if name in ANY_SIGN else "from 0"
+        expected += " up to 1" if name in UP_TO_1 else ""
+        too_small = name not in ANY_SIGN and (value <= 0 if name in ABOVE_0 else value < 0)
+        if too_small or not math.isfinite(value) or (name in UP_TO_1 and value > 1):
+            raise UserError(f"--{name} {value}: expected a number {expected}")
 
 
 def command_line(main, config_class, description=None):

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.batches import pad_right
+from minirlhf.config import UserError
 
 
 @dataclass
@@ -65,8 +66,8 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=1.0, top_k=0,
     block_size, device = model.cfg.block_size, model.trunk.wte.weight.device
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block_size:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have at least 1 and "
-                             f"leave room for a response within block_size {block_size}")
+            raise UserError(f"prompt {i} has {len(prompt)} tokens; it must have at least 1 and "
+                            f"leave room for a response within block_size {block_size}")
     was_training = model.training
     model.eval()  # dropout would sample from another distribution than the one that is scored
     tokens, prompt_lens = pad_right(prompts, device)  # (B, P), (B,)

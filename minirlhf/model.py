@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minirlhf.config import UserError
+
 
 @dataclass
 class ModelConfig:
@@ -41,10 +43,10 @@ class ModelConfig:
                                      ("positions", self.positions, ("learned", "rope")),
                                      ("attention", self.attention, ("fused", "manual"))):
             if value not in allowed:
-                raise ValueError(f"model option {name} is {value!r}; expected one of {allowed}")
+                raise UserError(f"model option {name} is {value!r}; expected one of {allowed}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
-                             f"and n_head of n_kv_head {self.n_kv_head}")
+            raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
+                            f"and n_head of n_kv_head {self.n_kv_head}")
 
 
 def _gpt(n_layer, n_head, n_embd, vocab_size=50257, block_size=1024):
@@ -83,7 +85,7 @@ SIZES = {
 def named_config(name):
     """The ModelConfig of a published size; `SIZES` lists the names."""
     if name not in SIZES:
-        raise ValueError(f"no model size called {name!r}; there are {', '.join(SIZES)}")
+        raise UserError(f"no model size called {name!r}; there are {', '.join(SIZES)}")
     return ModelConfig(**SIZES[name])
 
 
@@ -290,8 +292,8 @@ class Trunk(nn.Module):
         """
         B, T = idx.shape
         if T > self.cfg.block_size:
-            raise ValueError(f"a sequence of {T} tokens does not fit block_size "
-                             f"{self.cfg.block_size}; shorten the text or train a longer model")
+            raise UserError(f"a sequence of {T} tokens does not fit block_size "
+                            f"{self.cfg.block_size}; shorten the text or train a longer model")
         where = torch.arange(T, device=idx.device) if positions is None else positions[:, None]
         x = self.wte(idx)  # (B, T, C)
         rope = None

@@ -25,6 +25,8 @@ MAKES = {  # which command makes which stage's checkpoint
     "rm": "python train_rm.py", "ppo": "python train_ppo.py", "dpo": "python train_dpo.py",
 }
 
+CKPT_KEYS = {"kind", "model", "model_config", "tokenizer"}  # what a next stage needs at least
+
 
 def pick_device(name=""):
     """cuda where there is one, else cpu; a name overrides."""
@@ -50,11 +52,13 @@ def pick_dtype(name, device):
 def load_checkpoint(folder, makes=None, kind=None):
     """Read folder/ckpt.pt (or a path to a .pt file) as a dict; `makes` names the command for it.
 
+    Without `makes`, the folder's name tells the command, if it is a stage's own name such as sft.
     kind: "gpt" or "scalar", what the caller needs. `weights_only=True`: a checkpoint from a
     stranger can hold tensors and plain values, but no code to run.
     """
     path = Path(folder) if str(folder).endswith(".pt") else Path(folder) / "ckpt.pt"
-    how = f"; make it with: {makes}" if makes else ""
+    makes = makes or MAKES.get(path.parent.name)
+    how = f"; make it with: {makes}" if makes else "; check the path"
     if not path.exists():
         raise UserError(f"{path} does not exist{how}")
     try:
@@ -62,9 +66,9 @@ def load_checkpoint(folder, makes=None, kind=None):
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read, it is damaged or cut short "
                         f"({str(error).splitlines()[0][:80]}){how}") from None
-    if not isinstance(ckpt, dict) or not {"model", "model_config", "tokenizer"} <= set(ckpt):
-        raise UserError(f"{path} is no checkpoint of minirlhf: it lacks model, model_config or "
-                        f"tokenizer{how}")
+    if not isinstance(ckpt, dict) or not CKPT_KEYS <= set(ckpt):
+        raise UserError(f"{path} is no checkpoint of minirlhf: it lacks one of "
+                        f"{', '.join(sorted(CKPT_KEYS))}{how}")
     if kind and ckpt["kind"] != kind:
         raise UserError(f"{path} holds a {ckpt['kind']} model, a {kind} model is needed{how}")
     return ckpt
@@ -158,8 +162,19 @@ class Run:
         torch.set_rng_state(cpu_state)
 
     def restore(self, **parts):
-        """With --resume, load the saved states into parts; returns the step to go on with (else 0)."""
+        """Open the run's folder; with --resume, load the saved states into parts.
+
+        Returns the number of steps done before, 0 in a new run. Scripts call it last before their
+        loop, so that a mistake in the options or the data leaves the folder as it was, and a run
+        that --overwrite is to replace is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
+        (self.folder / "config.json").write_text(settings)
         if not self.cfg.resume:
+            for name in ("ckpt.pt", "metrics.jsonl", "samples.txt"):  # no more than a run's files
+                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / "metrics.jsonl").touch()
             return 0
         ckpt = load_checkpoint(self.folder)
         for name, part in parts.items():
@@ -207,7 +222,7 @@ class Run:
 
 
 def start_run(cfg, needs):
-    """Check everything that can be checked before any work, and open the run's folder.
+    """Check everything that can be checked before any work; `Run.restore` opens the folder.
 
     cfg: a script's Config, with out, resume, overwrite, seed, device and dtype among its fields.
     needs: {option: stage}, the options of cfg that name run folders of earlier stages, e.g.
@@ -217,6 +232,8 @@ def start_run(cfg, needs):
     out = Path(cfg.out)
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume goes on and --overwrite starts anew; give one of them")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give the name of a folder")
     if cfg.resume and not (out / "ckpt.pt").exists():
         raise UserError(f"--resume: {out} holds no checkpoint yet; run without it")
     if (out / "config.json").exists() and not (cfg.resume or cfg.overwrite):
@@ -235,12 +252,6 @@ def start_run(cfg, needs):
         if changed:
             raise UserError(f"--resume: these options differ from the run in {out}: {changed}; "
                             "a run that goes on keeps its options")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("ckpt.pt", "metrics.jsonl", "samples.txt"):  # no more than a run's own files
-            (out / name).unlink(missing_ok=True)
-        (out / "metrics.jsonl").touch()
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     torch.manual_seed(cfg.seed)
     return run
 

@@ -44,3 +44,11 @@ def awake_gpt(**options):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """Data files and the run folders of a tiny base, SFT and reward model, made once."""
+    from tiny_road import Road  # it imports every script: leave the library's tests without them
+
+    return Road(tmp_path_factory.mktemp("road")).walk()
