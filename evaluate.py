@@ -130,9 +130,15 @@ def score_sequences(reward_model, sequences, ev):
     return scores
 
 
-def answered_by(player, change):
+def retold(sample, text, tokenizer):
+    """The sample with another text, and the ids that a reward model reads of it."""
+    ids = tokenizer.encode(text) + [tokenizer.end_id] * sample["ended"]
+    return {**sample, "text": text, "ids": ids}
+
+
+def answered_by(player, change, tokenizer):
     """A baseline made of a player's first answers, each changed by change(text)."""
-    return {"answers": [[{**samples[0], "text": change(samples[0]["text"])}]
+    return {"answers": [[retold(samples[0], change(samples[0]["text"]), tokenizer)]
                         for samples in player["answers"]]}
 
 
@@ -256,9 +262,10 @@ def collect_players(cfg, ev):
         players[f"{name} greedy"] = {"answers": ev.answer(model, tokenizer, prompts, stop, 0.0)}
     first = Path(cfg.against).name
     if cfg.courtesy:
-        players["wrapper"] = answered_by(players[first], lambda text: cfg.courtesy + text)
+        players["wrapper"] = answered_by(players[first], lambda text: cfg.courtesy + text,
+                                         tokenizer)
     if cfg.refusal:
-        players["refuse all"] = answered_by(players[first], lambda text: cfg.refusal)
+        players["refuse all"] = answered_by(players[first], lambda text: cfg.refusal, tokenizer)
     if ev.reward_model and cfg.best_of > 1:
         answers = ev.answer(reference, tokenizer, prompts, stop, 1.0, cfg.best_of)
         rewards = ev.rewards(answers, tokenizer)
@@ -269,12 +276,11 @@ def collect_players(cfg, ev):
         # A base model knows no end token: its turn is over at the next line break.
         breaks = [i for i in range(len(base_tokenizer.ranks)) if b"\n" in base_tokenizer.ranks[i]]
         answers = ev.answer(base, base_tokenizer, plain, breaks, 1.0)
-        for samples in answers:
-            for s in samples:
-                s["text"] = s["text"].split("\n")[0].strip()
-        players["base few-shot"] = {"answers": answers}
-    for name, player in players.items():
-        if ev.reward_model and name not in ("wrapper", "refuse all", "base few-shot"):
+        players["base few-shot"] = {"answers": [
+            [retold(s, s["text"].split("\n")[0].strip(), tokenizer) for s in samples]
+            for samples in answers]}
+    for player in players.values():
+        if ev.reward_model:
             player["rewards"] = ev.rewards(player["answers"], tokenizer)
         player["verdicts"] = ev.verdicts(player)
     return players, tokenizer

@@ -64,8 +64,9 @@ def load_checkpoint(folder, makes=None, kind=None):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read, it is damaged or cut short "
-                        f"({str(error).splitlines()[0][:80]}){how}") from None
+        reason = str(error).partition("\n")[0][:80] or "it ends too early"
+        raise UserError(f"{path} cannot be read, it is damaged or cut short ({reason}){how}"
+                        ) from None
     if not isinstance(ckpt, dict) or not CKPT_KEYS <= set(ckpt):
         raise UserError(f"{path} is no checkpoint of minirlhf: it lacks one of "
                         f"{', '.join(sorted(CKPT_KEYS))}{how}")

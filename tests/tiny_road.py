@@ -65,7 +65,7 @@ class Road:
                  for answer in (polite, rude)]
         self.text = self.folder / "text.txt"
         self.text.write_text("\n\n".join(lines * 4) + "\n")
-        self.tokenizer = Tokenizer.train("\n".join(lines), 380)
+        self.tokenizer = Tokenizer.train("\n".join(lines), 350)
         self.tokenizer.save(self.folder / "tokenizer.json")
         answers = [(polite, rude)[i // 3 % 2] for i in range(len(PROMPTS))]
         self.demonstrations = write_rows(self.folder / "demonstrations.jsonl", [
