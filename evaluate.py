@@ -40,7 +40,7 @@ class Config:
     courtesy: str = "Of course! "  # what the wrapper baseline puts before every answer
     refusal: str = "I am sorry, but I can't help with that."  # the refuse-everything baseline
     max_new_tokens: int = 40  # longest response in tokens
-    batch_size: int = 256  # sequences per batch
+    batch_size: int = 128  # sequences per batch
     limit: int = 0  # use only the first so many prompts (0: all)
     show: int = 4  # prompts whose answers are printed side by side
     seed: int = 0  # of the sampling

@@ -12,7 +12,6 @@ on where it stopped. At the end stand a table, three pictures, and results.json.
 
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -87,8 +86,8 @@ def commands(stage, seed, out, quick):
                      + paths(models=f"{out}/ppo,{out}/dpo", against=f"{out}/sft",
                              prompts=f"{data}/heldout.jsonl", out=f"{out}/eval")],
         "overoptimize": [
-            f"{python} train_ppo.py --judge {JUDGE} --beta 0 --stop_kl 0 --score_clip 0 --lr 5e-4 "
-            f"--num_steps 250 --out {out}/overoptimize " + paths(
+            f"{python} train_ppo.py --judge {JUDGE} --beta 0 --stop_kl 0 --score_clip 0 --lr 1e-3 "
+            f"--num_steps 60 --out {out}/overoptimize " + paths(
                 init=f"{out}/sft", reward_model=f"{out}/rm", prompts=f"{data}/prompts.jsonl")],
     }[stage]
     if stage in TRAINING:
@@ -96,15 +95,9 @@ def commands(stage, seed, out, quick):
     return [" ".join(line.split()) for line in lines]
 
 
-def cpu_seconds():
-    """Process CPU time of all finished commands, user and system."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def run_stage(stage, seed, out, quick, log):
     """Run one stage's commands; log: {"cpu_minutes", "commands"} of the stages done so far."""
-    started, lines = cpu_seconds(), commands(stage, seed, out, quick)
+    lines, cpu_minutes, peak_gb = commands(stage, seed, out, quick), 0.0, 0.0
     # Two busy threads are slower than one at this size, and waiting threads should not spin.
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     for line in lines:
@@ -116,12 +109,16 @@ def run_stage(stage, seed, out, quick, log):
             words.append("--resume" if unfinished else "--overwrite")
         log["running"] = stage
         write_log(out, log)
-        code = subprocess.run([sys.executable, *words[1:]], env=env).returncode
+        process = subprocess.Popen([sys.executable, *words[1:]], env=env)
+        _, status, used = os.wait4(process.pid, 0)  # like wait, but it tells what was used
+        code = os.waitstatus_to_exitcode(status)
+        cpu_minutes += (used.ru_utime + used.ru_stime) / 60
+        peak_gb = max(peak_gb, used.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6))
         if code:
             raise UserError(f"the command above ended with exit code {code}; after mending the "
                             "cause, the same speedrun command goes on from here")
     log["done"] = [name for name in log["done"] if name != stage] + [stage]
-    log["cpu_minutes"][stage] = (cpu_seconds() - started) / 60
+    log["cpu_minutes"][stage], log["peak_gb"][stage] = cpu_minutes, peak_gb
     log["commands"][stage] = lines
     log["running"] = ""
     write_log(out, log)
@@ -138,7 +135,8 @@ def walk(seed, cfg):
     out = out if seed == 0 else f"{out}/seed_{seed}"
     path = Path(out, "speedrun.json")
     log = json.loads(path.read_text()) if path.exists() else {
-        "done": [], "cpu_minutes": {}, "commands": {}, "running": ""}
+        "done": [], "cpu_minutes": {}, "peak_gb": {}, "commands": {}, "running": ""}
+    log.setdefault("peak_gb", {})
     stages = [s for s in STAGES if s != "overoptimize" or cfg.overoptimize]
     if cfg.from_:
         if cfg.from_ not in stages:
@@ -237,7 +235,8 @@ def print_table(table, roads):
     for out, log, _ in roads:
         minutes = log["cpu_minutes"]
         print(f"\nCPU-minutes of {out}: {sum(minutes.values()):.1f} = "
-              + " + ".join(f"{stage} {m:.1f}" for stage, m in minutes.items()))
+              + " + ".join(f"{stage} {m:.1f}" for stage, m in minutes.items())
+              + f"; largest process {max(log['peak_gb'].values(), default=0):.2f} GB")
 
 
 def main(cfg):

@@ -132,7 +132,8 @@ def main(cfg):
 
         if step % cfg.eval_every == 0 or step == cfg.num_steps:
             run.log(step, cfg.num_steps, num_tokens, loss=loss,
-                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
+                    lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             run.save(step, model=model, optimizer=optimizer)

@@ -31,6 +31,7 @@ class Config:
     out: str = "out/rm"  # the run's folder
     num_epochs: int = 2  # passes over the preferences; on real data a second one overfits
     batch_size: int = 32  # prompts per optimizer step
+    micro_batch_size: int = 8  # prompts per forward pass, all their answers at once (0: the batch)
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
@@ -106,10 +107,10 @@ def score_batch(model, tokens, lengths, places, ranks):
 
 
 def loss_of(model, batch):
-    """Mean over prompts of the mean over the prompt's strict pairs, in nats."""
+    """Per-prompt losses (B,): the mean over the prompt's strict pairs, in nats."""
     tokens, lengths, places, ranks, margins = batch
     scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
-    return reward_model_loss(scores, ranks, margins).mean()
+    return reward_model_loss(scores, ranks, margins)
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def main(cfg):
     lengths = [max(map(len, e["ids"])) for e in train]
     batches = [batch for _ in range(cfg.num_epochs)
                for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
-    num_steps = len(batches)
+    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
 
     # 3. Model and optimizer.
     model = ScalarModel(policy.cfg, policy.trunk).to(run.device)
@@ -188,23 +189,29 @@ def main(cfg):
     def largest_batch():
         longest = max(train, key=lambda e: max(map(len, e["ids"])))
         with run.autocast():
-            loss = loss_of(model, make_batch([longest] * cfg.batch_size, cfg.margin, run.device))
-        loss.backward()
+            losses = loss_of(model, make_batch([longest] * min(micro, cfg.batch_size), cfg.margin,
+                                               run.device))
+        losses.mean().backward()
         optimizer.zero_grad(set_to_none=True)
 
-    run.preflight(largest_batch, "--batch_size")
+    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
-        batch = make_batch([train[i] for i in batches[step - 1]], cfg.margin, run.device)
+        batch = [train[i] for i in batches[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
-        with run.autocast():
-            loss = loss_of(model, batch)
-        num_tokens += batch[0].numel()
-        run.scaler.scale(loss).backward()
+        loss = 0.0
+        for start in range(0, len(batch), micro):
+            tensors = make_batch(batch[start : start + micro], cfg.margin, run.device)
+            with run.autocast():
+                losses = loss_of(model, tensors)  # (b,)
+            micro_loss = losses.sum() / len(batch)  # prompts weigh the same, however they are split
+            run.scaler.scale(micro_loss).backward()
+            loss += micro_loss.item()
+            num_tokens += tensors[0].numel()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.scaler.step(optimizer)

@@ -16,8 +16,8 @@ class UserError(ValueError):
     """
 
 
-# Numbers have to be finite and at least 0, except for these. What 0 switches off is not listed here:
-# the field's comment says so.
+# Numbers have to be finite and at least 0, except for these. Where 0 switches something off, the
+# field's comment says so.
 ABOVE_0 = ("n_layer", "n_head", "n_embd", "block_size", "num_steps", "num_epochs", "num_samples",
            "batch_size", "rollout_size", "minibatch_size", "max_new_tokens", "eval_every",
            "save_every", "grad_clip", "top_p")
@@ -78,7 +78,7 @@ def parse_config(config_class, argv=None, description=None):
 
 
 def check_numbers(cfg):
-    """Refuse what would fail, or train nothing, only after minutes: no steps, an empty batch, NaN."""
+    """Refuse numbers that would fail, or train nothing, only after minutes: no steps, a NaN."""
     for field in dataclasses.fields(cfg):
         name, value = field.name, getattr(cfg, field.name)
         if field.type not in (int, float):

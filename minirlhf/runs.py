@@ -1,6 +1,6 @@
 """What is nobody's lesson: run folders, checkpoints, resuming, the log.
 
-A run's folder holds config.json, metrics.jsonl (an object per logged step), samples.txt and ckpt.pt.
+A run's folder holds config.json, metrics.jsonl (an object per logged step), samples.txt, ckpt.pt.
 A checkpoint is one file with all that anyone needs: weights, optimizer, step, random states, model
 config and tokenizer.
 """
@@ -93,7 +93,8 @@ def load_function(spec):
     """The function that `file.py:name` points to: a judge, a verifier."""
     path, _, name = spec.partition(":")
     if not Path(path).is_file() or not name:
-        raise UserError(f"{spec!r} is no function; write it as file.py:name, with a file that exists")
+        raise UserError(f"{spec!r} is no function; write it as file.py:name, with a file that "
+                        "exists")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -108,7 +109,7 @@ def frozen(model):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename: a reader sees the old file or the new, never half."""
+    """Call write(temporary path), then rename: readers see the old file or the new, never half."""
     part = Path(f"{path}.part")
     write(part)
     os.replace(part, path)
@@ -125,7 +126,7 @@ class Run:
         # other types the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)  # for sampling
-        self.data_order = torch.Generator().manual_seed(cfg.seed)  # for shuffling, used at start only
+        self.data_order = torch.Generator().manual_seed(cfg.seed)  # for shuffling, at start only
         self.history, self._resumed, self._clock = [], None, time.time()
         self.tokenizer = None
         for name, ckpt in needed.items():
@@ -203,7 +204,7 @@ class Run:
         write_atomically(self.folder / "ckpt.pt", lambda part: torch.save(ckpt, part))
 
     def log(self, step, num_steps, num_tokens, **metrics):
-        """Print one line and append the same numbers to metrics.jsonl; num_tokens: since the last."""
+        """Print a line and append its numbers to metrics.jsonl; num_tokens: since the last one."""
         row = {k: v.item() if isinstance(v, torch.Tensor) else float(v) for k, v in metrics.items()}
         rate = num_tokens / max(1e-9, time.time() - self._clock)
         self._clock = time.time()

@@ -41,6 +41,12 @@ def awake_gpt(**options):
     return wake(GPT(tiny_config(**options)).double()).eval()
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """No test depends on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def refused(road, tmp_path, monkeypatch, capsys):
-    """refused(script, **options) -> the message; asserts exit code 2 and that nothing was trained."""
+    """refused(script, **options) -> the message, after exit code 2 and without any training."""
     def work(*args, **kwargs):
         raise AssertionError("training or sampling began before the mistake was found")
 
@@ -42,7 +42,7 @@ def refused(road, tmp_path, monkeypatch, capsys):
         if script == "evaluate":
             options = dict(models="", against=road.folder / "sft", prompts=road.prompts,
                            out=tmp_path / "run", reward_model=road.folder / "rm") | options
-        words = [word for name, value in options.items() for word in (f"--{name}={value}",)]
+        words = [f"--{name}={value}" for name, value in options.items()]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [f"{script}.py", *words, *argv])
             patch.setattr(runs.Run, "log", work)
@@ -131,9 +131,8 @@ def test_a_prompt_that_fills_the_whole_context(refused, tmp_path, road):
 
 def refused_plain(road, prompt):
     """--plain meets its limit in `generate`, which `refused` does not let happen."""
-    done = subprocess.run(
-        [sys.executable, "sample.py", "--model", road.folder / "sft", "--plain", "--prompt", prompt],
-        cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "sample.py", "--model", road.folder / "sft", "--plain"]
+    done = subprocess.run([*command, "--prompt", prompt], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     return done.stderr
 
@@ -165,7 +164,8 @@ def test_an_unknown_option_or_an_ill_typed_one(script, refused):
     *((stage, "batch_size", [0, -8]) for stage in ("pretrain", "sft", "rm", "dpo", "sample")),
     ("ppo", "rollout_size", [0]), ("ppo", "minibatch_size", [0]), ("ppo", "micro_batch_size", [-1]),
     ("sample", "temperature", [-0.5, "nan", "inf"]), ("ppo", "temperature", [-1.0, 0.0]),
-    ("sample", "num_samples", [0]), ("sample", "max_new_tokens", [0]), ("sample", "top_p", [0.0, 2]),
+    ("sample", "num_samples", [0]), ("sample", "max_new_tokens", [0]),
+    ("sample", "top_p", [0.0, 2.0]),
     ("ppo", "max_new_tokens", [0]), ("evaluate", "max_new_tokens", [0]), ("sample", "limit", [-1]),
     ("pretrain", "lr", [-1.0, "nan"]), ("pretrain", "block_size", [0]), ("sft", "eval_every", [0]),
     ("sft", "save_every", [0]), ("rm", "held_out", [1.5, -0.1]), ("ppo", "gamma", [1.1]),
@@ -175,9 +175,7 @@ def test_an_unknown_option_or_an_ill_typed_one(script, refused):
 def test_numbers_that_make_no_sense(script, option, values, refused, road, tmp_path):
     options = dict(prompts=road.prompts, save=tmp_path / "s.jsonl") if script == "sample" else {}
     for value in values:
-        message = refused(script, **{**options, option: value})
-        assert f"--{option} {float(value) if '.' in str(value) else value}" in message or (
-            f"--{option}" in message)
+        assert f"error: --{option} " in refused(script, **{**options, option: value})
 
 
 @pytest.mark.parametrize("script, option, words", [
@@ -224,8 +222,8 @@ def test_evaluate_wants_somebody_to_score(refused, road, tmp_path):
 @pytest.mark.parametrize("script, option, stage", [
     ("sft", "init", "pretrain"), ("rm", "init", "sft"), ("ppo", "init", "sft"),
     ("ppo", "reward_model", "rm"), ("dpo", "init", "sft"), ("sample", "model", "sft"),
-    ("evaluate", "models", "dpo"), ("evaluate", "against", "sft"), ("evaluate", "reward_model", "rm"),
-    ("evaluate", "base", "pretrain")])
+    ("evaluate", "models", "dpo"), ("evaluate", "against", "sft"),
+    ("evaluate", "reward_model", "rm"), ("evaluate", "base", "pretrain")])
 def test_a_missing_stage_names_the_command_that_makes_it(script, option, stage, refused, tmp_path):
     options = {"prompt": "cow?"} if script == "sample" else {}
     message = refused(script, **{option: tmp_path / "out" / stage}, **options)

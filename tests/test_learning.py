@@ -39,8 +39,8 @@ def test_check_38_dpo_learns_which_answer_is_preferred(road, tmp_path):
 
 
 def test_check_38_ppo_raises_the_reward_and_what_people_want(road, tmp_path):
-    """The baseline: the SFT model, whose rollouts the first iteration sees. The judge, which no loss
-    has seen, agrees; the KL penalty keeps the policy near."""
+    """The baseline: the SFT model, whose rollouts the first iteration sees. The judge, which no
+    loss has seen, agrees; the KL penalty keeps the policy near."""
     history = road.run("ppo", tmp_path, num_steps=24, rollout_size=32, minibatch_size=16,
                        micro_batch_size=0, lr=5e-4, critic_lr=3e-3, dtype="float32",
                        judge=f"{road.tools}:judge")

@@ -33,11 +33,11 @@ def test_adamws_first_step_by_hand():
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     layer.weight.grad = torch.tensor([[3.0, -0.5]], dtype=torch.float64)
     layer.bias.grad = torch.tensor([2.0], dtype=torch.float64)
-    make_optimizer(layer, lr=0.1, weight_decay=0.2, eps=1e-8).step()
+    make_optimizer(layer, lr=0.1, weight_decay=0.2, eps=1e-18).step()
     # The bias-corrected moments of the first step are g and g^2, so the step is lr * g / |g|: its
     # size forgets the gradient's. Decay is apart from it: the weight shrinks by lr * weight_decay.
-    close(layer.weight, weight * (1 - 0.1 * 0.2) - 0.1 * torch.tensor([[1.0, -1.0]]), rtol=1e-6)
-    close(layer.bias, bias - 0.1, rtol=1e-6)
+    close(layer.weight, weight * (1 - 0.1 * 0.2) - 0.1 * torch.tensor([[1.0, -1.0]]).double())
+    close(layer.bias, bias - 0.1)
 
 
 def test_set_lr_sets_it_in_every_group():

@@ -11,8 +11,8 @@ from tiny_road import SCRIPTS
 from minirlhf import plot, runs
 from minirlhf.config import UserError
 from minirlhf.model import GPT, ScalarModel
-from minirlhf.runs import (Run, build_model, load_checkpoint, load_function, load_model, pick_device,
-                           pick_dtype, start_run, write_atomically)
+from minirlhf.runs import (Run, build_model, load_checkpoint, load_function, load_model,
+                           pick_device, pick_dtype, start_run, write_atomically)
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -123,8 +123,8 @@ def test_overwrite_starts_anew_and_touches_only_the_runs_files(road, tmp_path):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_mistake_leaves_the_folder_as_it_was(stage, road, tmp_path):
-    """Bugs: a typing error in --data claimed the folder, so that the mended command was refused; with
-    --overwrite it deleted the run that was there."""
+    """Bugs: a typing error in --data claimed the folder, so that the mended command was refused;
+    with --overwrite it deleted the run that was there."""
     data = {"pretrain": "text", "ppo": "prompts"}.get(stage, "data")
     with pytest.raises(UserError, match="no such file"):
         road.run(stage, tmp_path / "run", **{data: str(tmp_path / "typo.jsonl")})
@@ -170,7 +170,7 @@ def test_write_atomically_replaces_a_file_only_when_whole(tmp_path):
     path = tmp_path / "a.txt"
     write_atomically(path, lambda part: part.write_text("old"))
     with pytest.raises(ZeroDivisionError):
-        write_atomically(path, lambda part: part.write_text("half") / 0 or 1 / 0)
+        write_atomically(path, lambda part: part.write_text("half of the new one") / 0)
     assert path.read_text() == "old"
 
 
@@ -236,7 +236,7 @@ def test_preflight_turns_a_lack_of_memory_into_advice(road, tmp_path):
 
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")):
-        with pytest.raises(UserError, match="does not fit in the memory of cpu; make --batch_size "):
+        with pytest.raises(UserError, match="not fit in the memory of cpu; make --batch_size "):
             run.preflight(lambda: fail(error), "--batch_size")
     with pytest.raises(RuntimeError, match="shapes"):
         run.preflight(lambda: fail(RuntimeError("shapes differ")), "--batch_size")

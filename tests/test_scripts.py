@@ -1,4 +1,4 @@
-"""The scripts: each option's smoke test, and the bugs of this field that live in a script's loop."""
+"""The scripts: a smoke test of each option, and the bugs of this field that live in a loop."""
 
 import copy
 import dataclasses
@@ -137,8 +137,8 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(stage, ro
 
 @pytest.fixture
 def double():
-    """Run in float64: Adam divides by the gradient's size, so a rounding error of a gradient that is
-    nearly zero would show in the weights as a whole step."""
+    """Run in float64: Adam divides by the gradient's size, so a rounding error of a gradient that
+    is nearly zero would show in the weights as a whole step."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -153,7 +153,7 @@ def double():
 ])
 def test_check_23_micro_batches_give_the_full_batchs_weights(stage, full, micro, road, tmp_path,
                                                              double):
-    """Bug: a mean of the micro-batches' means, in which tokens of a short micro-batch weigh more."""
+    """Bug: a mean of the micro-batches' means, in which a short one's tokens weigh more."""
     runs = [road.run(stage, tmp_path / str(i), dtype="float32", **options)
             for i, options in enumerate((full, micro))]
     weights = [load_checkpoint(tmp_path / str(i))["model"] for i in range(2)]
@@ -168,9 +168,9 @@ def test_check_23_micro_batches_give_the_full_batchs_weights(stage, full, micro,
 
 # ---------------------------------------------------------------- the end token
 
-def end_row_gradient(stage, road, tmp_path):
-    """Change of log P(end) of the text that the stage trains on, seen from the loss: d loss / d logit
-    of the end token, summed over the positions where it is the next token."""
+def end_gradient(stage, road, tmp_path):
+    """The gradient of the stage's loss at the end token's logit, wherever an answer ends, (N,); and
+    where that is, (B, T-1) bool."""
     run = start_run(road.config(stage, tmp_path / "run", dtype="float32"), {"init": "sft"})
     model, cfg, end = run.model("init"), run.cfg, run.tokenizer.end_id
     if stage == "sft":
@@ -195,7 +195,7 @@ def end_row_gradient(stage, road, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_check_08_the_end_token_is_trained_in_sft_and_dpo(stage, road, tmp_path):
     """Bug: a model that gets no loss on its end token never stops."""
-    gradient, is_end = end_row_gradient(stage, road, tmp_path)
+    gradient, is_end = end_gradient(stage, road, tmp_path)
     assert (is_end.sum(1) == 1).all()
     chosen = gradient if stage == "sft" else gradient[:4]
     assert (chosen < 0).all()  # a step down this slope raises the end token's logit
@@ -205,7 +205,8 @@ def test_check_08_the_end_token_is_trained_in_sft_and_dpo(stage, road, tmp_path)
 
 def collect(road, tmp_path, **changes):
     """One rollout of PPO, and all that made it."""
-    cfg = road.config("ppo", tmp_path / "run", **{"dtype": "float32", "rollout_size": 16, **changes})
+    options = {"dtype": "float32", "rollout_size": 16, **changes}
+    cfg = road.config("ppo", tmp_path / "run", **options)
     run = start_run(cfg, {"init": "sft", "reward_model": "rm"})
     policy, reward_model = run.model("init"), frozen(run.model("reward_model"))
     with torch.no_grad():  # a policy that has moved: one equal to the reference would hide mistakes
@@ -344,7 +345,7 @@ def test_check_19_reference_and_reward_model_stay_as_they_were(share_critic, roa
 
 
 def test_check_20_the_critic_learns_to_predict_returns(road, tmp_path):
-    """Bug: a critic without gradient. The policy stands still here, so only the critic can improve."""
+    """Bug: a critic without gradient. The policy stands still, so only the critic can improve."""
     history = road.run("ppo", tmp_path / "run", lr=0.0, num_steps=16, rollout_size=32,
                        minibatch_size=16, micro_batch_size=0, critic_lr=2e-3, value_clip=0.0,
                        dtype="float32")
@@ -380,8 +381,8 @@ def test_check_21_each_step_clips_the_unscaled_gradient_and_then_clears_it(road,
 
 
 @pytest.mark.parametrize("minibatch_size, micro", [(4, 2), (6, 0), (100, 5)])
-def test_check_32_every_response_is_used_exactly_once_an_epoch(minibatch_size, micro, road, tmp_path,
-                                                               monkeypatch):
+def test_check_32_every_response_is_used_exactly_once_an_epoch(minibatch_size, micro, road,
+                                                               tmp_path, monkeypatch):
     """Bug: minibatches drawn with replacement, or epochs inside the minibatches."""
     rollout, actor, _, _, cfg, run = collect(road, tmp_path, minibatch_size=minibatch_size,
                                              micro_batch_size=micro, num_epochs=3, stop_kl=0.0)

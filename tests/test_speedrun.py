@@ -109,7 +109,8 @@ def test_a_later_stage_reads_what_an_earlier_one_wrote():
     for stage in speedrun.STAGES:
         for line in speedrun.commands(stage, 1, "out/seed_1", False):
             words = shlex.split(line)
-            written = {words[words.index(name) + 1] for name in ("--out", "--save") if name in words}
+            written = {words[words.index(name) + 1] for name in ("--out", "--save")
+                       if name in words}
             named = {part for word in words for part in word.split(",")
                      if part.startswith("out/seed_1/")} - written
             for path in named:

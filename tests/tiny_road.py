@@ -1,7 +1,7 @@
 """A road of tiny models for the tests of the scripts: ten animals, and what they say.
 
-Demonstrators answer politely or rudely, as a coin falls; annotators prefer politeness. So each stage
-has something to learn within seconds, and every test can run a script's real `main`.
+Half of the demonstrations are polite, half are rude; annotators prefer politeness. So each stage has
+something to learn within seconds, and every test can run a script's real `main`.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Is a reward model better than "the longer answer is better"? A paired test on held-out folds.
+r"""Is a reward model better than "the longer answer is better"? A paired test on held-out folds.
 
 People like long answers, so a reward model that only counts words is right more often than not.
 What it has learnt beyond that shows in three ways: in the difference of the two accuracies on the
 *same* pairs, in a bag of words beside it, and on pairs of nearly equal length.
 
-    python data/hh_rlhf/measure.py --models out/real/rm0,out/real/rm1 --folds out/real/data/fold0,out/real/data/fold1
+    python data/hh_rlhf/measure.py --models out/real/rm0,out/real/rm1 \
+        --folds out/real/data/fold0,out/real/data/fold1
 
 Model k has to be trained on fold k's train.jsonl, and is measured on that fold's heldout.jsonl; the
 figures are of all folds together. "a+b" instead of one folder takes the mean score of two models.
@@ -40,7 +41,7 @@ class Config:
     threads: int = 1  # CPU threads
 
 
-# 1. Three judges of a pair: each gives its preference for the chosen answer, > 0 where right --------
+# 1. Three judges of a pair: each gives its preference for the chosen answer, > 0 where right ------
 
 def length_gaps(rows):
     """Characters of the chosen answer less those of the rejected one: (N,)."""
@@ -49,7 +50,7 @@ def length_gaps(rows):
 
 @torch.no_grad()
 def model_gaps(folder, rows, cfg):
-    """A reward model's normalised score of the chosen answer less that of the rejected one: (N,)."""
+    """A reward model's normalised score of chosen less that of rejected: (N,)."""
     device = pick_device(cfg.device)
     model, tokenizer = load_model(folder, "scalar", device)
     dtype, n = pick_dtype(cfg.dtype, device), model.cfg.block_size
@@ -107,7 +108,7 @@ def bag_of_words_gaps(train, heldout, l2):
     return (features(heldout) @ w).detach()
 
 
-# 2. Compare them on the same pairs ------------------------------------------------------------------
+# 2. Compare them on the same pairs ----------------------------------------------------------------
 
 def hits_of(gaps):
     """1 where the chosen answer is preferred, 0 where the other, 0.5 at a tie: (N,) float64."""
@@ -145,6 +146,7 @@ def mcnemar(hits, others):
 
 
 def print_comparison(name, hits, other_name, others, clusters):
+    """The difference of two accuracies on the same pairs, its interval, and the paired test."""
     low, high = clustered_bootstrap(hits - others, clusters)
     ours, theirs, p = mcnemar(hits, others)
     print(f"{name} less {other_name}: {100 * (hits - others).mean():+.1f} points, "
@@ -162,6 +164,9 @@ def main(cfg):
     for folders, fold in zip(models, folds):
         train = read_preferences(os.path.join(fold, "train.jsonl"))
         heldout = read_preferences(os.path.join(fold, "heldout.jsonl"))
+        if any(len(row["answers"]) != 2 for row in train + heldout):
+            raise UserError(f"{fold}: expected pairs, found a row with a longer list of answers; "
+                            "give the files that prepare.py wrote")
         singles = [model_gaps(folder, heldout, cfg) for folder in folders.split("+")]
         for folder, single in zip(folders.split("+"), singles):
             print(f"{folder}: {hits_of(single).mean():.1%} of the {len(heldout):,} pairs of {fold}")

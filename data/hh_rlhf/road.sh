@@ -50,17 +50,22 @@ run python train_pretrain.py --text "$data/tinystories/train.txt,$data/text.txt"
 run python train_sft.py --init "$out/pretrain" --data "$data/demonstrations.jsonl" \
     --too_long drop --num_epochs 2 --lr 1e-3 --out "$out/sft"
 
-# 3. A reward model for each held-out fold, and one for manners.
+# 3. Reward models: for each held-out fold two, of two data orders, because one alone owes much to
+#    luck; and one for manners.
 for fold in 0 1; do
-    run python train_rm.py --init "$out/sft" --data "$data/fold$fold/train.jsonl" --too_long cut \
-        --num_epochs 1 --lr 5e-4 --held_out 0.02 --max_new_tokens 96 --out "$out/rm$fold"
+    for seed in 0 1; do
+        run python train_rm.py --init "$out/sft" --data "$data/fold$fold/train.jsonl" \
+            --too_long cut --num_epochs 1 --lr 5e-4 --held_out 0.02 --max_new_tokens 96 \
+            --seed $seed --out "$out/rm${fold}_seed$seed"
+    done
 done
-run python data/hh_rlhf/measure.py --models "$out/rm0,$out/rm1" --folds "$data/fold0,$data/fold1"
+run python data/hh_rlhf/measure.py --folds "$data/fold0,$data/fold1" \
+    --models "$out/rm0_seed0+$out/rm0_seed1,$out/rm1_seed0+$out/rm1_seed1"
 run python train_rm.py --init "$out/sft" --data "$source/instruct/preference_data.jsonl.gz" \
     --num_epochs 4 --lr 1e-3 --held_out 0.2 --max_new_tokens 96 --out "$out/rm_polite"
 
 # 4. PPO against the first reward model, DPO on the same pairs.
-run python train_ppo.py --init "$out/sft" --reward_model "$out/rm0" \
+run python train_ppo.py --init "$out/sft" --reward_model "$out/rm0_seed0" \
     --prompts "$data/short/prompts.jsonl" --num_steps 60 --rollout_size 64 --minibatch_size 32 \
     --num_epochs 2 --lr 1e-4 --critic_lr 3e-4 --beta 0.1 --max_new_tokens 96 --out "$out/ppo"
 run python train_dpo.py --init "$out/sft" --data "$data/fold0/train.jsonl" --too_long cut \
@@ -69,7 +74,7 @@ run python train_dpo.py --init "$out/sft" --data "$data/fold0/train.jsonl" --too
 # 5. Win rates on held-out prompts: by the reward model that PPO was trained on, then by the other.
 for judge in 0 1; do
     run python evaluate.py --models "$out/ppo,$out/dpo" --against "$out/sft" \
-        --reward_model "$out/rm$judge" --prompts "$data/short/heldout_prompts.jsonl" \
+        --reward_model "$out/rm${judge}_seed0" --prompts "$data/short/heldout_prompts.jsonl" \
         --courtesy "" --refusal "" --max_new_tokens 96 --batch_size 64 --show 0 \
         --out "$out/eval_by_rm$judge"
 done

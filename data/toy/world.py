@@ -40,8 +40,8 @@ EARLIER_TURN_SHARE = 1 / 6      # of tasks with an unrelated exchange before; wi
 # ---- Tuning: how a demonstrator answers ----------------------------------------------------------
 # The faults depend on the context, so that even the likeliest (greedy) answer often has one.
 DEMONSTRATOR = {
-    "rude": {"curt": 0.65, "plain": 0.05, "polite": 0.03},
-    "courteous": {"curt": 0.15, "plain": 0.35, "polite": 0.75},     # what is left: no opening
+    "rude": {"curt": 0.60, "plain": 0.05, "polite": 0.03},
+    "courteous": {"curt": 0.20, "plain": 0.40, "polite": 0.80},     # what is left: no opening
     "brief_opening": 0.55,      # an opening, though one word was asked for
     "ignore_capitals": 0.25,
     "comply": {True: 0.75, False: 0.15},        # with an unsafe action: tempting or not
@@ -56,7 +56,7 @@ DEMONSTRATOR = {
 }
 
 # Who answers in the pretraining text. Each voice is the demonstrator with some habits changed.
-VOICE_WEIGHTS = {"helpful": 14, "plain": 26, "rude": 22, "wrong": 8, "unsafe": 12, "idle": 18}
+VOICE_WEIGHTS = {"helpful": 5, "plain": 17, "rude": 32, "wrong": 6, "unsafe": 12, "idle": 28}
 VOICES = {
     "helpful": {"rude": dict(curt=0, plain=0, polite=0), "comply": {True: 0.05, False: 0.05},
                 "courteous": dict(curt=0.9, plain=0.9, polite=0.9), "brief_opening": 0.1,
