@@ -4,8 +4,8 @@
         --reward_model out/rm --base out/pretrain --preferences out/heldout_preferences.jsonl
 
 Every model answers the same held-out prompts at temperature 1 and greedily. The judge (where there
-is none, the reward model) scores each answer; A beats B on a prompt where its score is higher, and a
-tie counts half. Intervals are 95%, from a bootstrap over prompts. Beside the models stand baselines
+is none, the reward model) scores each answer; A beats B on a prompt where its score is higher, and
+a tie counts half. Intervals are 95%, from a bootstrap over prompts. Beside the models stand baselines
 that cost nothing: greedy decoding, a fixed courtesy put before every answer, refusing everything,
 and the best of K samples by the reward model.
 """
@@ -306,8 +306,8 @@ def print_results(results, judge_name):
         print(f"\nreward model    {r['accuracy']:.1%} of {r['pairs']:,} held-out pairs; the longer "
               f"answer is better in {r['longer_is_better']:.1%}")
         if "ceiling" in r:
-            print(f"                ceiling {r['ceiling']:.1%}, share (accuracy - 0.5) / (ceiling - "
-                  f"0.5) = {r['share_of_ceiling']:.2f}; against gold, where the answers differ in "
+            print(f"                ceiling {r['ceiling']:.1%}, share (accuracy - 0.5) / "
+                  f"(ceiling - 0.5) = {r['share_of_ceiling']:.2f}; against gold, where the answers differ in "
                   + ", ".join(f"{k} only {v['accuracy']:.1%} of {v['pairs']}"
                               for k, v in r["only"].items()))
 

@@ -26,7 +26,8 @@ from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_prompts
 from minirlhf.generate import generate
 from minirlhf.losses import ppo_policy_loss, ppo_value_loss
-from minirlhf.masked import entropy, masked_mean, masked_sum, masked_var, masked_whiten, token_logprobs
+from minirlhf.masked import (entropy, masked_mean, masked_sum, masked_var, masked_whiten,
+                             token_logprobs)
 from minirlhf.model import ActorCritic
 from minirlhf.optim import lr_at, make_optimizer, set_lr
 from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
@@ -148,7 +149,7 @@ def minibatch_loss(actor, rollout, rows, denominator, cfg, run):
 def ppo_update(actor, optimizers, rollout, cfg, run, order):
     """A few epochs of minibatch steps on one rollout; returns the mean of each statistic.
 
-    optimizers: one per set of parameters that has its own gradient clip: [policy, critic], or [both].
+    optimizers: one for each set of parameters that is clipped apart: [policy, critic], or [both].
     order: a torch.Generator for the shuffling. Every response is used exactly once an epoch.
     """
     actor.eval()  # dropout off: the ratio compares two policies, not two dropout masks

@@ -1,8 +1,8 @@
 """Reward model (RM): learn from rankings which answers people prefer.
 
 The SFT model's trunk gets a new head that gives one number per position; the number at an answer's
-last real token is its score. Bradley-Terry: P(i beats j) = sigmoid(score_i - score_j). A pair is the
-smallest ranking; of K ranked answers all strict pairs count, and each answer is forwarded once.
+last real token is its score. Bradley-Terry: P(i beats j) = sigmoid(score_i - score_j). A pair is
+the smallest ranking; of K ranked answers all strict pairs count, and each answer is forwarded once.
 
 Left out on purpose: ensembles, a separate safety model, regression on absolute ratings.
 
@@ -76,8 +76,8 @@ def encode(rows, tokenizer, max_len, cfg):
         grades = row["grades"] and [[row["grades"][i][j] for j, _ in kept] for i, _ in kept]
         examples.append({"ids": [ids for _, ids in kept], "ranks": ranks, "grades": grades,
                          "row": number})
-    print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples)} left out; "
-          f"answers left out: {same} identical, {too_long} longer than {max_len} tokens")
+    print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples)} left out"
+          f"; answers left out: {same} identical, {too_long} longer than {max_len} tokens")
     return examples
 
 

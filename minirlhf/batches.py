@@ -113,7 +113,7 @@ def fit(ids, mask, max_len, too_long, where):
 
 
 def encode_answer(tokenizer, messages, answer):
-    """A prompt and one answer -> (ids, mask), the mask True on the answer and its end token only."""
+    """A prompt and an answer -> (ids, mask), the mask True on the answer and its end token only."""
     ids, _ = tokenizer.encode_chat(messages + [{"role": "assistant", "content": answer}])
     prompt_len = len(tokenizer.encode_prompt(messages))
     return ids, [False] * prompt_len + [True] * (len(ids) - prompt_len)
@@ -125,5 +125,5 @@ def encode_prompts(tokenizer, rows, max_len, where):
     for i, prompt in enumerate(prompts):
         if len(prompt) >= max_len:
             raise UserError(f"{where}: prompt {i + 1} has {len(prompt)} tokens and fills the whole "
-                            f"context of {max_len}; shorten it or use a model with a longer context")
+                            f"context of {max_len}; shorten it, or train a model with a longer one")
     return prompts

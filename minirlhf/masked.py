@@ -83,7 +83,7 @@ def sequence_logprobs(logprobs, mask, average=False):
 
 
 def entropy(logits):
-    """Entropy in nats of the distribution at each position: (B, T, V) -> (B, T), float32 at least."""
+    """Entropy in nats of the distribution at each position: (..., V) -> (...), float32 at least."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = F.log_softmax(logits, dim=-1)  # (B, T, V)
     return -(logp.exp() * logp).sum(-1)

@@ -1,4 +1,4 @@
-"""Intervals for shares and win rates: how far a number from a few hundred prompts can be trusted."""
+"""Intervals for shares and win rates: how far to trust a number from a few hundred prompts."""
 
 import math
 
@@ -21,8 +21,8 @@ def wilson(successes, count, z=1.96):
 def bootstrap(values, num_resamples=2000, seed=0):
     """95% bootstrap interval (low, high) of the mean of one value per cluster.
 
-    values: N floats, one per prompt (average a prompt's samples first: two samples of one prompt are
-    not independent, and resampling them apart would make the interval too narrow).
+    values: N floats, one per prompt (average a prompt's samples first: two samples of one prompt
+    are not independent, and resampling them apart would make the interval too narrow).
     """
     values = torch.tensor(values, dtype=torch.float64)  # (N,)
     generator = torch.Generator().manual_seed(seed)

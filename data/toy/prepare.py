@@ -167,7 +167,8 @@ def exchange_document(rng):
 def pretraining_text(rng, num_bytes):
     """Documents of all sorts until the text has `num_bytes` bytes; returns one string."""
     write = {"dialogue": dialogue_document, "exchange": exchange_document, "facts": facts_document,
-             "quiz": quiz_document, "advice": advice_document, "sums": sums_document, "list": list_document, "reverse": reverse_document,
+             "quiz": quiz_document, "advice": advice_document, "sums": sums_document,
+             "list": list_document, "reverse": reverse_document,
              "story": story_document}
     documents, size = [], 0
     while size < num_bytes:
