@@ -21,7 +21,7 @@ import re
 
 # ---- Tuning: sizes ------------------------------------------------------------------------------
 PRETRAIN_BYTES = 4_500_000      # about 1,500,000 tokens
-NUM_DEMONSTRATIONS = 6000
+NUM_DEMONSTRATIONS = 8000
 NUM_PROMPTS = 5000              # for sampling, reward modelling and PPO
 NUM_HELD_OUT = 1200             # prompts of held-out combinations
 NUM_HELD_OUT_UNSAFE = 320
