@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO): learn from preferences without a reward model.
+r"""Direct preference optimisation (DPO): learn from preferences without a reward model.
 
 The policy's own log-ratio to the reference, beta * (log pi - log pi_ref), is the reward; a pair's
 loss is -log sigmoid of the difference of the two rewards (arXiv 2305.18290). The reference's
@@ -6,8 +6,9 @@ log-probs never change, so they are computed once, before training.
 
 Left out on purpose: its many relatives, a reference that moves, mixing in an SFT loss.
 
-On CPU:  python train_dpo.py
-On GPU:  python train_dpo.py --init out/my_sft --data my_preferences.jsonl --batch_size 64
+On CPU:  python train_dpo.py          (0.7 CPU-minutes; 75 to 80% of held-out pairs)
+On GPU:  python train_dpo.py --init out/my_sft --data my_preferences.jsonl --lr 5e-7 \
+             --too_long cut          (not timed)
 """
 
 import sys

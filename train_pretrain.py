@@ -1,12 +1,13 @@
-"""Pretraining: predict the next token of raw text. The first stage; everything else starts from it.
+r"""Pretraining: predict the next token of raw text. The first stage; everything else starts from it.
 
 The text is one long stream of tokens, cut into random blocks. No masks, no special tokens: the base
 model learns the language and the facts, and every voice that the text speaks in.
 
 Left out on purpose: gradient accumulation over devices, data streaming, muP, evaluation suites.
 
-On CPU:  python train_pretrain.py
-On GPU:  python train_pretrain.py --size gpt2 --text my.txt --tokenizer gpt2 --batch_size 32
+On CPU:  python train_pretrain.py          (6 CPU-minutes; held-out loss about 0.70 nats per token)
+On GPU:  python train_pretrain.py --size gpt2 --block_size 1024 --batch_size 32 --lr 6e-4 \
+             --num_steps 100000 --text my.txt --tokenizer gpt2          (not timed)
 """
 
 from dataclasses import dataclass

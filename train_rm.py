@@ -1,4 +1,4 @@
-"""Reward model (RM): learn from rankings which answers people prefer.
+r"""Reward model (RM): learn from rankings which answers people prefer.
 
 The SFT model's trunk gets a new head that gives one number per position; the number at an answer's
 last real token is its score. Bradley-Terry: P(i beats j) = sigmoid(score_i - score_j). A pair is
@@ -6,8 +6,9 @@ the smallest ranking; of K ranked answers all strict pairs count, and each answe
 
 Left out on purpose: ensembles, a separate safety model, regression on absolute ratings.
 
-On CPU:  python train_rm.py
-On GPU:  python train_rm.py --init out/my_sft --data my_preferences.jsonl --batch_size 64
+On CPU:  python train_rm.py          (1.5 CPU-minutes; 71% of held-out pairs, the ceiling is 78%)
+On GPU:  python train_rm.py --init out/my_sft --data my_preferences.jsonl --num_epochs 1 --lr 1e-5 \
+             --too_long cut          (not timed)
 """
 
 from dataclasses import dataclass

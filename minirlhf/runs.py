@@ -127,7 +127,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)  # for sampling
         self.data_order = torch.Generator().manual_seed(cfg.seed)  # for shuffling, at start only
-        self.history, self._resumed, self._clock = [], None, time.time()
+        self.history, self._clock = [], time.time()
         self.tokenizer = None
         for name, ckpt in needed.items():
             tokenizer = Tokenizer.from_dict(ckpt["tokenizer"])
