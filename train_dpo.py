@@ -64,9 +64,11 @@ def encode(rows, tokenizer, max_len, cfg):
         raise UserError(f"--pairs {cfg.pairs}: expected best_worst or all")
     pairs, same, too_long = [], 0, 0
     for number, row in enumerate(rows):
-        answers = [fit(*encode_answer(tokenizer, row["messages"], answer), max_len, cfg.too_long,
-                       f"{cfg.data}, row {number + 1}, answer {k + 1}")
-                   for k, answer in enumerate(row["answers"])]
+        encoded = [encode_answer(tokenizer, row["messages"], a) for a in row["answers"]]
+        over = max(len(ids) for ids, _ in encoded) - max_len  # all lose the same prompt tokens
+        answers = [fit(ids, mask, max_len, cfg.too_long,
+                       f"{cfg.data}, row {number + 1}, answer {k + 1}", over)
+                   for k, (ids, mask) in enumerate(encoded)]
         K = len(answers)
         couples = [(i, j) for i in range(K) for j in range(K) if row["ranks"][i] < row["ranks"][j]]
         if cfg.pairs == "best_worst":
@@ -94,7 +96,7 @@ def make_batch(pairs, device):
 def pair_logps(model, tokens, mask):
     """Summed response log-probs in nats: (chosen_logps (B,), rejected_logps (B,)).
 
-    One forward pass for both halves: half the overhead, and equal dropout state.
+    One forward pass for both halves has half the overhead of two.
     """
     logits = model(tokens)  # (2B, T, V)
     logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (2B, T-1)
@@ -102,11 +104,13 @@ def pair_logps(model, tokens, mask):
 
 
 @torch.no_grad()
-def add_reference(reference, pairs, run):
+def add_reference(reference, pairs, cfg, run):
     """Store each pair's two reference log-probs in it, once and for all."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen"][0]))
-    for start in tqdm(range(0, len(order), 64), desc="reference", disable=not sys.stderr.isatty()):
-        part = [pairs[i] for i in order[start : start + 64]]
+    micro = cfg.micro_batch_size or cfg.batch_size
+    starts = range(0, len(order), micro)
+    for start in tqdm(starts, desc="reference", disable=not sys.stderr.isatty()):
+        part = [pairs[i] for i in order[start : start + micro]]
         with run.autocast():
             chosen, rejected = pair_logps(reference, *make_batch(part, run.device))
         for pair, c, r in zip(part, chosen.tolist(), rejected.tolist()):
@@ -134,8 +138,9 @@ def evaluate(model, pairs, cfg, run):
     """Mean held-out loss and statistics over all pairs."""
     model.eval()
     totals = {}
-    for start in range(0, len(pairs), 64):
-        losses, stats = loss_of(model, pairs[start : start + 64], cfg, run)
+    micro = cfg.micro_batch_size or cfg.batch_size
+    for start in range(0, len(pairs), micro):
+        losses, stats = loss_of(model, pairs[start : start + micro], cfg, run)
         for name, values in {"val_loss": losses, **stats}.items():
             totals[name] = totals.get(name, 0) + values.sum().item()
     model.train()
@@ -170,7 +175,7 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--micro_batch_size or --batch_size")
-    add_reference(reference, pairs, run)
+    add_reference(reference, pairs, cfg, run)
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.

@@ -20,6 +20,7 @@ On GPU:  python train_ppo.py --init out/my_sft --reward_model out/my_rm --prompt
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,7 @@ def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
 
     prompts: B lists of ids. Returns a dict of tensors on the grid (see the module's docstring).
     """
+    actor.eval()
     # Sample. Dropout is off, and no top-k or top-p: what is sampled is what will be scored.
     with run.autocast():
         rollout = generate(actor.policy, prompts, cfg.max_new_tokens, [run.tokenizer.end_id],
@@ -91,17 +93,20 @@ def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
     tokens, prompt_lens, lengths = rollout.tokens, rollout.prompt_lens, rollout.lengths
     T = tokens.shape[1]
     mask = response_mask(prompt_lens, lengths, T)  # (B, T-1)
-    actor.eval()
 
     # Score. One forward pass each; logits[:, t] predicts tokens[:, t+1], hence the shift. The
     # log-probs come from this pass and not from the decoding cache, whose arithmetic differs.
     with run.autocast():
         logits, values = actor(tokens)  # (B, T, V), (B, T)
-        logprobs = token_logprobs(logits[:, :-1] / cfg.temperature, tokens[:, 1:])  # (B, T-1)
         ref_logits = reference(tokens)  # (B, T, V)
-        ref_logprobs = token_logprobs(ref_logits[:, :-1] / cfg.temperature, tokens[:, 1:])
         raw_scores = reward_model.score(tokens, lengths)  # (B,), read at the last real token
+    logits = logits[:, :-1].float() / cfg.temperature  # (B, T-1, V), the distribution sampled from
+    ref_logits = ref_logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
+    logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
+    ref_logprobs = token_logprobs(ref_logits, tokens[:, 1:])  # (B, T-1)
     zero = torch.zeros_like(logprobs)  # (B, T-1)
+    # For the log only, and only where the mask is True: a softmax of all of it costs memory.
+    token_entropy = zero.masked_scatter(mask, entropy(logits[mask]))  # (B, T-1)
     logprobs = torch.where(mask, logprobs, zero)  # (B, T-1)
     ref_logprobs = torch.where(mask, ref_logprobs, zero)  # (B, T-1)
     values = torch.where(mask, values[:, :-1], zero)  # (B, T-1), before tokens[:, 1:] is emitted
@@ -120,7 +125,7 @@ def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
         "response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs,
         "values": values, "scores": scores, "kl": kl, "rewards": rewards,
         "advantages": advantages, "returns": returns, "whitened_advantages": whitened_advantages,
-        "entropy": zero.masked_scatter(mask, entropy(logits[:, :-1][mask] / cfg.temperature)),
+        "entropy": token_entropy,
     }
 
 
@@ -132,19 +137,21 @@ def minibatch_loss(actor, rollout, rows, denominator, cfg, run):
     # Columns past the longest of these rows hold nothing but filler: leave them out.
     T = int(rollout["lengths"][rows].max())
     mb_tokens = rollout["tokens"][rows, :T]  # (b, T)
-    mb = {name: rollout[name][rows, : T - 1] for name in (
-        "response_mask", "logprobs", "values", "returns", "whitened_advantages")}  # (b, T-1)
-    mask = mb["response_mask"]
+    mb_mask, mb_logprobs, mb_values, mb_returns, mb_advantages = (
+        rollout[name][rows, : T - 1] for name in (  # each (b, T-1)
+            "response_mask", "logprobs", "values", "returns", "whitened_advantages"))
     with run.autocast():
         logits, new_values = actor(mb_tokens)  # (b, T, V), (b, T)
-        new_logprobs = token_logprobs(logits[:, :-1] / cfg.temperature, mb_tokens[:, 1:])
-    policy_loss, stats = ppo_policy_loss(new_logprobs, mb["logprobs"], mb["whitened_advantages"],
-                                         mask, cfg.clip_range, denominator)
-    value_loss, value_stats = ppo_value_loss(new_values[:, :-1], mb["values"], mb["returns"],
-                                             mask, cfg.value_clip, denominator)
+    logits = logits[:, :-1].float() / cfg.temperature  # (b, T-1, V)
+    new_logprobs = token_logprobs(logits, mb_tokens[:, 1:])  # (b, T-1)
+    new_values = new_values[:, :-1]  # (b, T-1)
+    policy_loss, stats = ppo_policy_loss(new_logprobs, mb_logprobs, mb_advantages, mb_mask,
+                                         cfg.clip_range, denominator)
+    value_loss, value_stats = ppo_value_loss(new_values, mb_values, mb_returns, mb_mask,
+                                             cfg.value_clip, denominator)
     # With its own trunk and optimizer, the critic's loss needs no weight.
     loss = policy_loss + (cfg.vf_coef if cfg.share_critic else 1.0) * value_loss
-    share = mask.sum() / denominator  # the statistics are means over these rows: weigh them
+    share = mb_mask.sum() / denominator  # the statistics are means over these rows: weigh them
     stats = {name: value * share for name, value in {**stats, **value_stats}.items()}
     return loss, {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), **stats}
 
@@ -170,24 +177,28 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
                                         denominator, cfg, run)
             run.scaler.scale(loss).backward()
             stats = {name: stats.get(name, 0) + value for name, value in part.items()}
-        for optimizer in optimizers:
-            run.scaler.unscale_(optimizer)
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-            run.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        run.scaler.update()
         num_done += 1
         totals = {name: totals.get(name, 0) + value for name, value in stats.items()}
         if 0 < cfg.stop_kl < stats["approx_kl"]:
+            actor.zero_grad(set_to_none=True)
             break  # the policy has moved as far as this rollout's advantages can be trusted
+        for optimizer, name in zip(optimizers, ("grad_norm", "critic_grad_norm")):
+            run.scaler.unscale_(optimizer)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            totals[name] = totals.get(name, 0) + norm
+            run.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        run.scaler.update()
     return {name: value.item() / num_done for name, value in totals.items()}
 
 
 def summarise(rollout, beta):
     """What is logged of a rollout: means over responses, or over response tokens."""
-    mask, returns = rollout["response_mask"], rollout["returns"]
-    explained = 1 - masked_var(returns - rollout["values"], mask) / masked_var(returns, mask)
+    mask, returns = rollout["response_mask"], rollout["returns"]  # (B, T-1), (B, T-1)
+    # 1: the critic foresaw every return; 0: it did no better than their mean.
+    explained = 1 - (masked_var(returns - rollout["values"], mask)
+                     / masked_var(returns, mask).clamp(min=1e-8))
     return {
         "score": rollout["scores"].mean(), "kl": masked_sum(rollout["kl"], mask, dim=1).mean(),
         "reward": masked_sum(rollout["rewards"], mask, dim=1).mean(), "beta": beta,
@@ -208,12 +219,15 @@ def main(cfg):
     rows = read_prompts(cfg.prompts)
     policy, reward_model = run.model("init"), frozen(run.model("reward_model"))
     prompts = encode_prompts(run.tokenizer, rows, policy.cfg.block_size, cfg.prompts)
+    # plan[step - 1] lists the prompts of an iteration; each comes once before any comes again.
     num_needed = cfg.num_steps * cfg.rollout_size
-    plan = torch.cat([torch.randperm(len(prompts), generator=run.data_order)
-                      for _ in range(-(-num_needed // len(prompts)))])[:num_needed]
-    plan = plan.view(cfg.num_steps, cfg.rollout_size).tolist()
+    passes = [torch.randperm(len(prompts), generator=run.data_order)
+              for _ in range(math.ceil(num_needed / len(prompts)))]
+    plan = torch.cat(passes)[:num_needed].view(cfg.num_steps, cfg.rollout_size).tolist()
     print(f"data   | {len(prompts):,} prompts of {cfg.prompts}, each answered "
-          f"{num_needed / len(prompts):.1f} times")
+          f"{num_needed / len(prompts):.1f} times; "
+          f"{sum(len(p) + cfg.max_new_tokens > policy.cfg.block_size for p in prompts)} leave less "
+          f"than --max_new_tokens room")
 
     # 3. Models and optimizers. The reference is a distinct copy: it must not move with the policy.
     reference = frozen(copy.deepcopy(policy))
@@ -223,6 +237,8 @@ def main(cfg):
     # joint norm would let a large value loss shrink the policy's step.
     parts = [actor] if cfg.share_critic else [policy, critic]
     rates = [cfg.lr, cfg.critic_lr][: len(parts)]
+    # Adam's eps is 1e-5, as in every PPO since OpenAI's first: with 1e-8 the first steps, whose
+    # gradients are tiny, would be as long as any other.
     optimizers = [make_optimizer(part, lr, eps=1e-5) for part, lr in zip(parts, rates)]
     print(f"model  | {sum(p.numel() for p in actor.parameters()):,} trained parameters")
 
@@ -235,13 +251,17 @@ def main(cfg):
         rollout["tokens"] = torch.zeros(B, T, dtype=torch.int64, device=run.device)
         rollout["lengths"] = torch.full((B,), T, device=run.device)
         rollout["response_mask"] = torch.ones(B, T - 1, dtype=torch.bool, device=run.device)
-        with torch.no_grad(), run.autocast():
-            actor(rollout["tokens"])
+        with torch.no_grad():
+            with run.autocast():
+                logits = [model(rollout["tokens"]) for model in (actor.policy, reference)]
+            for one in logits:
+                token_logprobs(one[:, :-1].float(), rollout["tokens"][:, 1:])
         rows = list(range(min(B, cfg.micro_batch_size or cfg.minibatch_size)))
         minibatch_loss(actor, rollout, rows, B * T, cfg, run)[0].backward()
         actor.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
+    # A checkpoint holds the policy as `model`, which later stages load, and the critic in `actor`.
     saved = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     first_step = run.restore(model=policy, actor=actor, **saved)
     beta = cfg.beta
@@ -263,7 +283,7 @@ def main(cfg):
         if cfg.kl_target > 0:
             beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size)
 
-        responses = [run.tokenizer.decode_response(row[p:n]) for row, p, n in zip(
+        responses = [run.tokenizer.decode_response(row[start:end]) for row, start, end in zip(
             rollout["tokens"].tolist(), rollout["prompt_lens"].tolist(),
             rollout["lengths"].tolist())]
         if judge:

@@ -29,7 +29,7 @@ class Config:
     text: str = "data/toy/pretrain.txt"  # text files to learn from, separated by commas
     tokenizer: str = "data/toy/tokenizer.json"  # a tokenizer.json, or gpt2
     out: str = "out/pretrain"  # the run's folder
-    size: str = ""  # a published size such as gpt2, instead of the model options below
+    size: str = ""  # a published size such as gpt2; keeps block_size, dropout, attention from below
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_kv_head: int = 0  # key/value heads, fewer than n_head for grouped queries (0: n_head)
@@ -70,10 +70,12 @@ def evaluate(model, stream, cfg, run):
     """Loss on up to 32 consecutive blocks of held-out text."""
     blocks = stream[: len(stream) // cfg.block_size * cfg.block_size].view(-1, cfg.block_size)[:32]
     model.eval()
-    with run.autocast():
-        loss = loss_of(model, blocks.to(run.device))
+    total = 0.0
+    for part in blocks.split(cfg.batch_size):
+        with run.autocast():
+            total += loss_of(model, part.to(run.device)).item() * len(part)
     model.train()
-    return loss.item()
+    return total / len(blocks)
 
 
 def main(cfg):
@@ -96,6 +98,7 @@ def main(cfg):
     if cfg.size:
         model_cfg = named_config(cfg.size)
         model_cfg.block_size = cfg.block_size
+        model_cfg.dropout, model_cfg.attention = cfg.dropout, cfg.attention
     else:
         model_cfg = ModelConfig(**{name: getattr(cfg, name) for name in ModelConfig.__annotations__
                                    if hasattr(cfg, name)})

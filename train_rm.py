@@ -61,9 +61,11 @@ def encode(rows, tokenizer, max_len, cfg):
     examples, same, too_long = [], 0, 0
     for number, row in enumerate(rows):
         kept, seen = [], set()
-        for k, answer in enumerate(row["answers"]):
-            example = fit(*encode_answer(tokenizer, row["messages"], answer), max_len, cfg.too_long,
-                          f"{cfg.data}, row {number + 1}, answer {k + 1}")
+        encoded = [encode_answer(tokenizer, row["messages"], a) for a in row["answers"]]
+        over = max(len(ids) for ids, _ in encoded) - max_len  # all lose the same prompt tokens
+        for k, (ids, mask) in enumerate(encoded):
+            example = fit(ids, mask, max_len, cfg.too_long,
+                          f"{cfg.data}, row {number + 1}, answer {k + 1}", over)
             if example is None:
                 too_long += 1
             elif tuple(example[0]) in seen:
@@ -115,12 +117,13 @@ def loss_of(model, batch):
 
 
 @torch.no_grad()
-def evaluate(model, examples, run):
+def evaluate(model, examples, cfg, run):
     """Held-out loss (nats, no margins) and accuracy over all strict pairs, over each grade too."""
     model.eval()
     losses, right, grades = [], [], []
-    for start in range(0, len(examples), 32):
-        part = examples[start : start + 32]
+    micro = cfg.micro_batch_size or cfg.batch_size
+    for start in range(0, len(examples), micro):
+        part = examples[start : start + micro]
         tokens, lengths, places, ranks, _ = make_batch(part, 0.0, run.device)
         with run.autocast():
             scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
@@ -143,18 +146,21 @@ def evaluate(model, examples, run):
 
 @torch.no_grad()
 def measure_scores(model, policy, prompts, cfg, run):
-    """Mean and deviation of the raw scores of answers that the SFT model samples itself."""
+    """Mean and deviation of the raw scores of the SFT model's own answers, those that ended."""
     model.eval()
     scores = []
-    for start in range(0, len(prompts), 128):
+    for start in range(0, len(prompts), cfg.batch_size):
         with run.autocast():
-            rollout = generate(policy, prompts[start : start + 128], cfg.max_new_tokens,
+            rollout = generate(policy, prompts[start : start + cfg.batch_size], cfg.max_new_tokens,
                                [run.tokenizer.end_id], generator=run.generator)
             scores.append(model.score(rollout.tokens, rollout.lengths)[rollout.ended])
     scores = torch.cat(scores)
     if len(scores) < 2:
         raise UserError(f"fewer than 2 of {len(prompts)} sampled answers ended within "
                         f"--max_new_tokens {cfg.max_new_tokens}; raise it, or train SFT longer")
+    if not scores.std() > 1e-6:
+        raise UserError("every answer got the same score, so there is nothing to maximise; train "
+                        "the reward model longer, or with a higher --lr")
     return scores.mean(), scores.std()
 
 
@@ -188,7 +194,7 @@ def main(cfg):
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
     def largest_batch():
-        longest = max(train, key=lambda e: max(map(len, e["ids"])))
+        longest = max(train, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))
         with run.autocast():
             losses = loss_of(model, make_batch([longest] * min(micro, cfg.batch_size), cfg.margin,
                                                run.device))
@@ -220,7 +226,7 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
 
         if step % cfg.eval_every == 0 or step == num_steps:
-            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, run),
+            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
         if step == num_steps:

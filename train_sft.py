@@ -74,12 +74,13 @@ def loss_of(model, tokens, mask, denominator=None):
 
 
 @torch.no_grad()
-def evaluate(model, examples, run):
+def evaluate(model, examples, cfg, run):
     """Held-out loss in nats per trained token."""
     model.eval()
     total, count = 0.0, 0
-    for start in range(0, len(examples), 64):
-        tokens, mask = make_batch(examples[start : start + 64], run.device)
+    micro = cfg.micro_batch_size or cfg.batch_size
+    for start in range(0, len(examples), micro):
+        tokens, mask = make_batch(examples[start : start + micro], run.device)
         with run.autocast():
             total += loss_of(model, tokens, mask, denominator=1).item()
         count += mask.sum().item()
@@ -153,7 +154,7 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
 
         if step % cfg.eval_every == 0 or step == num_steps:
-            run.log(step, num_steps, num_tokens, loss=loss, val_loss=evaluate(model, held_out, run),
+            run.log(step, num_steps, num_tokens, loss=loss, val_loss=evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
             show_samples(model, held_out[: cfg.num_samples], step, run)

@@ -92,24 +92,30 @@ def split_by_prompt(prompts, share, generator):
     return sides[0], sides[1]
 
 
-def fit(ids, mask, max_len, too_long, where):
+def fit(ids, mask, max_len, too_long, where, over=None):
     """Make one encoded example fit the context.
 
-    ids, mask: equally long lists; mask is True on the trained (response) tokens. too_long: "refuse"
-    raises UserError naming `where`; "drop" returns None; "cut" keeps the *end*, where the response
-    is, and cuts tokens after the first (the begin token) from the prompt, ids and mask alike; it
-    returns None where the response alone does not fit, rather than train on half of it.
+    ids, mask: equally long lists; mask is True on the trained tokens, the last of which ends the
+    row. too_long: "refuse" raises UserError naming `where`; "drop" returns None; "cut" keeps the
+    *end*, where the last response is, and cuts `over` tokens after the first (the begin token), ids
+    and mask alike. It returns None where that would cut into the last response or leave nothing of
+    its prompt. over: how many tokens to cut, as many as needed if None; answers to be compared
+    must all lose the same tokens of their prompt, else each would answer another one.
     """
-    over = len(ids) - max_len
-    if over <= 0:
+    over = len(ids) - max_len if over is None else over
+    if over <= 0 or (too_long == "drop" and len(ids) <= max_len):
         return ids, mask
     if too_long == "refuse":
         raise UserError(f"{where} has {len(ids)} tokens, {max_len} fit; shorten it, or give "
                         "--too_long drop (leave such rows out) or --too_long cut (cut prompts)")
-    first_trained = mask.index(True)
-    if too_long == "drop" or first_trained <= over + 1:
+    start = len(mask) - mask[::-1].index(False)  # of the last response
+    if too_long == "drop" or start <= over + 1:
         return None
-    return ids[:1] + ids[1 + over :], mask[:1] + mask[1 + over :]
+    kept = mask[1 + over :]
+    if mask[over]:  # the cut goes through an earlier response: what is left of it is no answer
+        beheaded = kept.index(False)
+        kept = [False] * beheaded + kept[beheaded:]
+    return ids[:1] + ids[1 + over :], mask[:1] + kept
 
 
 def encode_answer(tokenizer, messages, answer):

@@ -47,6 +47,9 @@ class ModelConfig:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
                             f"and n_head of n_kv_head {self.n_kv_head}")
+        if self.positions == "rope" and self.n_embd // self.n_head % 2:
+            raise UserError(f"rope turns pairs of dimensions, but a head has {self.n_embd} / "
+                            f"{self.n_head}, an odd number; change n_embd or n_head")
 
 
 def _gpt(n_layer, n_head, n_embd, vocab_size=50257, block_size=1024):
@@ -332,6 +335,16 @@ class GPT(nn.Module):
         return KVCache(self.cfg, batch_size, length, weight.device, weight.dtype)
 
 
+def scalar_head(head, h):
+    """One number per position, (B, T, C) -> (B, T), in the weights' own precision.
+
+    Not in bf16, even under autocast: with 8 bits a score near 2 comes in steps of 0.016, close
+    answers tie, and the differences of values that GAE takes are mostly rounding.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        return head(h.to(head.weight.dtype)).squeeze(-1)
+
+
 class ScalarModel(nn.Module):
     """A trunk with one number per position: reward model (read at the last token) or critic.
 
@@ -356,8 +369,7 @@ class ScalarModel(nn.Module):
 
     def raw(self, idx):
         """idx: (B, T) -> (B, T), the head's own output, in float32 at least."""
-        out = self.head(self.trunk(idx)).squeeze(-1)  # (B, T)
-        return out if out.dtype == torch.float64 else out.float()
+        return scalar_head(self.head, self.trunk(idx))
 
     def score(self, idx, lengths):
         """One raw score per row, (B,), read at the row's last real token, lengths - 1."""
@@ -380,5 +392,4 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             return self.policy(idx), self.critic(idx)
         h = self.policy.trunk(idx)  # (B, T, C)
-        values = self.value_head(h).squeeze(-1)  # (B, T)
-        return self.policy.lm_head(h), values if values.dtype == torch.float64 else values.float()
+        return self.policy.lm_head(h), scalar_head(self.value_head, h)

@@ -32,7 +32,13 @@ def pick_device(name=""):
     """cuda where there is one, else cpu; a name overrides."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; expected cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def pick_dtype(name, device):
@@ -63,7 +69,8 @@ def load_checkpoint(folder, makes=None, kind=None):
         raise UserError(f"{path} does not exist{how}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0][:80] or "it ends too early"
         raise UserError(f"{path} cannot be read, it is damaged or cut short ({reason}){how}"
                         ) from None
@@ -155,8 +162,10 @@ class Run:
         state, cpu_state = self.generator.get_state(), torch.get_rng_state()
         try:
             train_step()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            short_of_memory = (isinstance(error, torch.OutOfMemoryError) or
+                               "allocate memory" in str(error) or "ALLOC_FAILED" in str(error))
+            if not short_of_memory:
                 raise
             raise UserError(f"the largest batch does not fit in the memory of {self.device}; "
                             f"make {options} smaller") from None
@@ -181,11 +190,15 @@ class Run:
         ckpt = load_checkpoint(self.folder)
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
+        if len(ckpt["generator"]) != len(self.generator.get_state()):
+            raise UserError(f"--resume: the run in {self.folder} sampled on another kind of device "
+                            f"than {self.device}; go on there, or start anew with --overwrite")
         self.scaler.load_state_dict(ckpt["scaler"])
         self.generator.set_state(ckpt["generator"])
         torch.set_rng_state(ckpt["rng"])
         # Rows logged after the checkpoint belong to steps that will be done again.
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
+        lines = (self.folder / "metrics.jsonl").read_text().split("\n")
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
         self.history = [row for row in rows if row["step"] <= ckpt["step"]]
         write_atomically(self.folder / "metrics.jsonl", lambda part: part.write_text(
             "".join(json.dumps(row) + "\n" for row in self.history)))
@@ -237,10 +250,15 @@ def start_run(cfg, needs):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give the name of a folder")
     if cfg.resume and not (out / "ckpt.pt").exists():
-        raise UserError(f"--resume: {out} holds no checkpoint yet; run without it")
-    if (out / "config.json").exists() and not (cfg.resume or cfg.overwrite):
-        raise UserError(f"{out} already holds a run; give --resume to go on with it, --overwrite "
-                        "to start anew, or another --out")
+        raise UserError(f"--resume: {out} holds no checkpoint yet; start it with --overwrite")
+    if any((out / name).exists() for name in ("config.json", "ckpt.pt")):
+        if not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{out} already holds a run; give --resume to go on with it, "
+                            "--overwrite to start anew, or another --out")
+        for name in needs:
+            if out.resolve() == Path(getattr(cfg, name)).resolve():
+                raise UserError(f"--out {out} is also --{name}: the run would replace what it "
+                                "starts from; give another --out")
     needed = {}
     for name, stage in needs.items():
         kind = "scalar" if stage == "rm" else "gpt"
