@@ -252,7 +252,21 @@ def collect_players(cfg, ev):
     if cfg.base:
         base, base_tokenizer = load_model(cfg.base, device=ev.device)
         plain_prompt = load_function(cfg.plain)
-        plain = [base_tokenizer.encode(plain_prompt(row["messages"], True)) for row in ev.rows]
+        plain = {name: [base_tokenizer.encode(plain_prompt(row["messages"], few_shot))
+                        for row in ev.rows]
+                 for name, few_shot in (("base few-shot", True), ("base zero-shot", False))}
+        longest = max(map(len, plain["base few-shot"]))
+        if longest >= base.cfg.block_size:
+            raise UserError(f"the few-shot prompt takes up to {longest} tokens; {cfg.base} has a "
+                            f"context of {base.cfg.block_size}; leave --base out")
+    if cfg.preferences and ev.reward_model:
+        longest = max(len(encode_answer(tokenizer, row["messages"], answer)[0])
+                      for row in ev.preferences for answer in row["answers"])
+        if longest > ev.reward_model.cfg.block_size:
+            raise UserError(f"{cfg.preferences} has an answer that ends at token {longest}; the "
+                            f"reward model's context holds {ev.reward_model.cfg.block_size}")
+        if all(len(set(row["ranks"])) < 2 for row in ev.preferences):
+            raise UserError(f"{cfg.preferences} holds ties only: nothing to be right about")
 
     players = {}
     for folder, (model, _) in loaded.items():
@@ -275,10 +289,11 @@ def collect_players(cfg, ev):
     if cfg.base:
         # A base model knows no end token: its turn is over at the next line break.
         breaks = [i for i in range(len(base_tokenizer.ranks)) if b"\n" in base_tokenizer.ranks[i]]
-        answers = ev.answer(base, base_tokenizer, plain, breaks, 1.0)
-        players["base few-shot"] = {"answers": [
-            [retold(s, s["text"].split("\n")[0].strip(), tokenizer) for s in samples]
-            for samples in answers]}
+        for name, its_prompts in plain.items():
+            answers = ev.answer(base, base_tokenizer, its_prompts, breaks, 1.0)
+            players[name] = {"answers": [
+                [retold(s, s["text"].split("\n")[0].strip(), tokenizer) for s in samples]
+                for samples in answers]}
     for player in players.values():
         if ev.reward_model:
             player["rewards"] = ev.rewards(player["answers"], tokenizer)
@@ -296,7 +311,8 @@ def print_results(results, judge_name):
     if "right" in next(iter(results["players"].values())):
         print(f"\n{'':<16}" + "".join(f"{r:>19}" for r in rates))
         for name, s in results["players"].items():
-            print(f"{name:<16}" + "".join(f"{s[r]['share']:>18.1%} " for r in rates))
+            print(f"{name:<16}" + "".join(
+                f"{s[r]['share']:>18.1%} " if r in s else f"{'':>19}" for r in rates))
     print(f"\n{'':<36}{'wins':>7}{'ties':>7}{'losses':>8}   ties half, 95% interval")
     for name, c in results["comparisons"].items():
         print(f"{name:<36}{c['wins']:>7.1%}{c['ties']:>7.1%}{c['losses']:>8.1%}   "

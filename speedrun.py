@@ -13,6 +13,7 @@ on where it stopped. At the end stand a table, three pictures, and results.json.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -69,8 +70,9 @@ def commands(stage, seed, out, quick):
         "sft": [f"{python} train_sft.py " + paths(
             init=f"{out}/pretrain", data=f"{data}/demonstrations.jsonl", out=f"{out}/sft")],
         "sample": [f"{python} sample.py {paths(model=f'{out}/sft')} --prompts {data}/{source}.jsonl "
-                   f"--num_samples 4 --save {out}/{target}.jsonl {number} {extra}"
-                   for source, target in (("prompts", "samples"), ("heldout", "heldout_samples"))],
+                   f"--num_samples {K} --save {out}/{target}.jsonl {number} {extra}"
+                   for source, target, K in (("prompts", "samples", 6),
+                                             ("heldout", "heldout_samples", 4))],
         "annotate": [f"{python} data/toy/annotate.py {out}/{source}.jsonl --out {out}/{target}.jsonl "
                      f"{number}" for source, target in (
                          ("samples", "preferences"), ("heldout_samples", "heldout_preferences"))],
@@ -105,12 +107,13 @@ def run_stage(stage, seed, out, quick, log):
            "MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184",
            **os.environ}
     for line in lines:
-        print(f"\n$ {line}", flush=True)
         words = shlex.split(line)
         if stage in TRAINING:
             folder = Path(words[words.index("--out") + 1] if "--out" in words else f"{out}/{stage}")
-            unfinished = (folder / "ckpt.pt").exists() and stage == log.get("running")
-            words.append("--resume" if unfinished else "--overwrite")
+            unfinished = (folder / "ckpt.pt").exists() and stage == log["running"]
+            started = (folder / "config.json").exists()
+            words += ["--resume"] if unfinished else ["--overwrite"] if started else []
+        print(f"\n$ {shlex.join(words)}", flush=True)
         log["running"] = stage
         write_log(out, log)
         process = subprocess.Popen([sys.executable, *words[1:]], env=env)
@@ -130,7 +133,8 @@ def run_stage(stage, seed, out, quick, log):
 
 def write_log(out, log):
     Path(out).mkdir(parents=True, exist_ok=True)
-    Path(out, "speedrun.json").write_text(json.dumps(log, indent=1) + "\n")
+    Path(out, "speedrun.json.part").write_text(json.dumps(log, indent=1) + "\n")
+    os.replace(f"{out}/speedrun.json.part", f"{out}/speedrun.json")
 
 
 def walk(seed, cfg):
@@ -197,7 +201,8 @@ def summarise(roads):
             key: sum(r["players"][player][key] for r in seeds) / len(seeds)
             for key, value in seeds[0]["players"][player].items() if isinstance(value, float)}
         table["rates"][player] = {rate: pooled(seeds, player, rate) for rate in (
-            "right", "rude", "unsafe_refused", "lookalike_refused", "malformed")}
+            "right", "rude", "unsafe_refused", "lookalike_refused", "malformed")
+            if all(rate in r["players"][player] for r in seeds)}
     models = [r["reward_model"] for r in seeds]
     table["reward_model"] = {key: sum(m[key] for m in models) / len(models)
                              for key in ("accuracy", "ceiling", "share_of_ceiling")}
@@ -208,6 +213,18 @@ def summarise(roads):
     return table
 
 
+def print_samples(out, num_prompts=6):
+    """The first held-out prompts, not picked by hand, with three stages' answers side by side."""
+    players = {name: [json.loads(line) for line in open(f"{out}/eval/{name}.jsonl")][:num_prompts]
+               for name in ("base_few-shot", "sft", "ppo")}
+    print("\nbefore and after, the first held-out prompts at temperature 1 (gold score, answer):")
+    for i, row in enumerate(players["sft"]):
+        print("\n  " + " / ".join(m["content"] for m in row["messages"]))
+        for name, rows in players.items():
+            sample = rows[i]["samples"][0]
+            print(f"    {name:<14}{sample['score']:>6.2f}  {sample['text']}")
+
+
 def print_table(table, roads):
     print(f"\n== The road's end: {len(roads)} seed(s), held-out prompts, gold judge ==\n")
     print(f"{'mean over seeds':<20}{'gold':>7}{'KL':>7}{'words':>7}{'right':>8}{'rude':>8}"
@@ -215,6 +232,9 @@ def print_table(table, roads):
     for name, p in table["players"].items():
         r = table["rates"][name]
         kl = f"{p['kl']:.2f}" if "kl" in p else ""
+        shown = ("right", "rude", "unsafe_refused", "lookalike_refused")
+        if any(rate not in r for rate in shown):
+            continue  # too few prompts to have one of each kind
         intervals = "".join(f"{r[x]['share']:>9.1%} [{r[x]['low']:.1%}, {r[x]['high']:.1%}]".rjust(24)
                             for x in ("unsafe_refused", "lookalike_refused"))
         print(f"{name:<20}{p['score']:>7.2f}{kl:>7}{p['words']:>7.1f}{r['right']['share']:>8.1%}"
@@ -257,8 +277,11 @@ def main(cfg):
     draw_gold_by_stage({name: [r["players"][name]["score"] for _, _, r in roads]
                         for name in ("base few-shot", "sft", "wrapper", "sft greedy", "best of 4",
                                      "dpo", "ppo", "ppo greedy")}, f"{out}/gold_by_stage.png")
+    print_samples(out)
     print_table(table, roads)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     Path(out, "results.json").write_text(json.dumps({
         "commit": commit.strip() or "unknown", "table": table,
         "seeds": [{"folder": o, "cpu_minutes": log["cpu_minutes"], "commands": log["commands"],

@@ -36,12 +36,12 @@ class Config:
     batch_size: int = 32  # pairs per optimizer step
     micro_batch_size: int = 0  # pairs per forward pass (0: the whole batch)
     pairs: str = "best_worst"  # of a ranked list take: best_worst | all
-    lr: float = 3e-4  # peak learning rate
+    lr: float = 2e-4  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.0  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient
-    beta: float = 0.1  # scale of the implicit reward; smaller lets the policy move further
+    beta: float = 0.3  # scale of the implicit reward; smaller lets the policy move further
     label_smoothing: float = 0.0  # share of labels believed to be flipped
     too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
     held_out: float = 0.1  # share of the prompts kept for evaluation

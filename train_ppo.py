@@ -44,14 +44,14 @@ class Config:
     reward_model: str = "out/rm"  # run folder of the reward model
     prompts: str = "data/toy/prompts.jsonl"  # prompts to answer
     out: str = "out/ppo"  # the run's folder
-    num_steps: int = 80  # iterations of sampling and updating
+    num_steps: int = 100  # iterations of sampling and updating
     rollout_size: int = 96  # prompts per iteration, one response each
     max_new_tokens: int = 40  # longest response in tokens
     temperature: float = 1.0  # of sampling, and of every log-prob
     num_epochs: int = 2  # passes over each rollout
     minibatch_size: int = 48  # responses per optimizer step
     micro_batch_size: int = 24  # responses per forward pass of the update (0: the whole minibatch)
-    lr: float = 1e-4  # learning rate of the policy
+    lr: float = 1.5e-4  # learning rate of the policy
     critic_lr: float = 3e-4  # learning rate of the separate critic
     final_lr: float = 0.1  # last learning rate, as a share of the first
     beta: float = 0.1  # reward units charged per nat of KL to the reference

@@ -1,6 +1,6 @@
 """Simulated annotators: rank the answers that a model gave to each prompt, with human-like noise.
 
-    python data/toy/annotate.py SAMPLES.jsonl --out preferences.jsonl [--temperature 0.4] [--seed 0]
+    python data/toy/annotate.py SAMPLES.jsonl --out preferences.jsonl [--temperature 0.3] [--seed 0]
 
 An annotator feels each answer's utility: the gold judge's score over `temperature`, plus one draw
 of Gumbel noise. Ranking by utility makes every pair exactly Bradley-Terry:
@@ -141,7 +141,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Rank samples as noisy annotators would.")
     parser.add_argument("samples", help="JSONL as sample.py writes it, K samples a prompt")
     parser.add_argument("--out", required=True, help="where to write the preferences (JSONL)")
-    parser.add_argument("--temperature", type=float, default=0.4,
+    parser.add_argument("--temperature", type=float, default=0.3,
                         help="the annotators' noise, in units of the gold score")
     parser.add_argument("--seed", type=int, default=0, help="the same seed ranks the same")
     args = parser.parse_args(argv)
