@@ -57,7 +57,7 @@ def chat(model, tokenizer, cfg, generator):
     while True:
         try:
             text = input("you: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
             return

@@ -16,6 +16,25 @@ class UserError(ValueError):
     """
 
 
+MADE_BY = {  # the default inputs that a command of this project writes
+    "data/toy/tokenizer.json": "python -m minirlhf.tokenizer data/toy/pretrain.txt --vocab_size "
+                               "1280 --out data/toy/tokenizer.json",
+    "out/samples.jsonl": "python sample.py --prompts data/toy/prompts.jsonl --num_samples 6 --save "
+                         "out/samples.jsonl",
+    "out/preferences.jsonl": "python data/toy/annotate.py out/samples.jsonl --out "
+                             "out/preferences.jsonl",
+    **{f"data/toy/{name}": "python data/toy/prepare.py" for name in (
+        "pretrain.txt", "demonstrations.jsonl", "prompts.jsonl", "heldout.jsonl")},
+}
+
+
+def no_such_file(path):
+    """The UserError for a missing file, with the command that makes it where one does."""
+    made_by = MADE_BY.get(str(path))
+    return UserError(f"{path}: no such file; "
+                     + (f"make it with: {made_by}" if made_by else "check the path"))
+
+
 # Numbers have to be finite and at least 0, except for these. Where 0 switches something off, the
 # field's comment says so.
 ABOVE_0 = ("n_layer", "n_head", "n_embd", "block_size", "num_steps", "num_epochs", "num_samples",

@@ -24,7 +24,7 @@ import os
 import re
 import zlib
 
-from minirlhf.config import UserError
+from minirlhf.config import UserError, no_such_file
 
 PROMPT_KEYS = ("prompt", "messages", "query", "instruction")  # where a preference keeps its prompt
 GRADES = ("negligible", "slightly", "better", "significantly")  # Llama 2's four; index = grade
@@ -275,8 +275,7 @@ def read_lines(path):
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8").rstrip("\r\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path, or first run the command "
-                        "that writes it") from None
+        raise no_such_file(path) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}, line {number}: expected UTF-8 text, found other bytes; "
                         "save the file as UTF-8 (a compressed file has to end in .gz)") from None

@@ -25,7 +25,7 @@ from pathlib import Path
 import regex  # like re, but it knows \p{L}, "any letter of any script"
 import tiktoken
 
-from minirlhf.config import UserError
+from minirlhf.config import UserError, no_such_file
 
 # Their ids follow the ranks, in this order. They exist only as ids: no text encodes to them.
 SPECIAL_TOKENS = ("<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -334,7 +334,7 @@ def read_file(path):
         raw = Path(path).read_bytes()
         return (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise no_such_file(path) from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # folder, bad gzip, ...
         raise UserError(f"{path}: can't be read as text: {error}") from error
 

@@ -144,3 +144,28 @@ def test_a_prompt_that_fills_the_context_is_refused_with_its_number(tok):
     assert len(encode_prompts(tok, rows, length + 1, "prompts.jsonl")) == 2
     with pytest.raises(UserError, match=rf"prompts.jsonl: prompt 2 has {length} tokens"):
         encode_prompts(tok, rows, length, "prompts.jsonl")
+
+
+def test_check_33_compared_answers_lose_the_same_tokens_of_their_prompt():
+    """Bug: each answer of a pair was cut by its own excess, so the two answered different prompts."""
+    prompt = [100, 1, 2, 3, 4]
+    answers = [([*prompt, 50, 51], [False] * 5 + [True] * 2), ([*prompt, 60], [False] * 5 + [True])]
+    over = max(len(ids) for ids, _ in answers) - 5
+    chosen, rejected = (fit(ids, mask, 5, "cut", "row 1", over) for ids, mask in answers)
+    assert chosen == ([100, 3, 4, 50, 51], [False] * 3 + [True] * 2)
+    assert rejected == ([100, 3, 4, 60], [False] * 3 + [True])
+    # Dropping goes by each answer's own length: the short one still fits.
+    assert fit(*answers[0], 6, "drop", "row 1", 1) is None
+    assert fit(*answers[1], 6, "drop", "row 1", 1) == answers[1]
+
+
+def test_check_33_a_dialogue_is_cut_down_to_its_last_turns():
+    """Bug: a long dialogue was dropped because its first answer would have been cut."""
+    ids = [100, 1, 2, 50, 51, 52, 3, 60, 61]  # two turns; 50-52 and 60-61 are answers
+    mask = [False] * 3 + [True] * 3 + [False] + [True] * 2
+    # The cut goes through the first answer: what is left of it is prompt, no longer trained.
+    assert fit(ids, mask, 6, "cut", "row 1") == ([100, 51, 52, 3, 60, 61],
+                                                [False] * 4 + [True] * 2)
+    # The cut falls between the turns: nothing of the first answer is left.
+    assert fit(ids, mask, 4, "cut", "row 1") == ([100, 3, 60, 61], [False] * 2 + [True] * 2)
+    assert fit(ids, mask, 3, "cut", "row 1") is None  # nothing of the last prompt would be left

@@ -18,7 +18,7 @@ def test_check_38_sft_beats_the_base_model_on_held_out_dialogues(road, tmp_path)
     run = start_run(road.config("sft", tmp_path / "run", dtype="float32"), {"init": "pretrain"})
     rows = train_sft.read_demonstrations(run.cfg.data)
     examples = train_sft.encode(rows, run.tokenizer, 64, run.cfg)
-    base = train_sft.evaluate(run.model("init"), examples[30:], cfg, run)
+    base = train_sft.evaluate(run.model("init"), examples[30:], run.cfg, run)
     history = road.run("sft", tmp_path / "run", num_epochs=15, lr=3e-3, held_out=0.25,
                        dtype="float32")
     assert history[-1]["val_loss"] < 0.5 * base
