@@ -83,14 +83,14 @@ def draw_road(out, path, ceiling=None):
     panels = [
         (axes[0, 0], "pretrain", "val_loss", "Pretraining: the text becomes predictable",
          "held-out loss (nats per token)"),
-        (axes[0, 1], "sft", "val_loss", "SFT: the assistant's turns become predictable",
+        (axes[0, 1], "sft", "val_loss", "SFT: the assistant's turns, too",
          "held-out loss (nats per token)"),
-        (axes[0, 2], "rm", "accuracy", "Reward model: whom would the annotator prefer?",
+        (axes[0, 2], "rm", "accuracy", "Reward model: near the ceiling",
          "held-out pairs right"),
-        (axes[1, 0], "ppo", "gold", "PPO: what people want rises with the reward", "score"),
-        (axes[1, 1], "ppo", "kl", "PPO: the price, distance to the SFT model",
+        (axes[1, 0], "ppo", "gold", "PPO: gold rises with the reward", "score"),
+        (axes[1, 1], "ppo", "kl", "PPO: distance to the SFT model",
          "KL (nats per response)"),
-        (axes[1, 2], "dpo", "accuracy", "DPO: implicit rewards rank held-out pairs",
+        (axes[1, 2], "dpo", "accuracy", "DPO: implicit rewards rank pairs",
          "held-out pairs right"),
     ]
     for ax, stage, key, title, unit in panels:
@@ -119,8 +119,7 @@ def draw_gold_by_stage(players, path, best=1.5):
         ax.annotate(f"{means[x]:.2f}", (x, max(0, *players[name])), textcoords="offset points",
                     xytext=(0, 6), ha="center")
     ax.axhline(best, color="grey", linestyle="--")
-    ax.annotate("perfect", (len(names) - 0.6, best), textcoords="offset points", xytext=(0, -12),
-                ha="right", color="grey")
+    ax.annotate("perfect", (-0.4, best), textcoords="offset points", xytext=(0, 4), color="grey")
     ax.set(title="Gold score on held-out prompts, stage by stage (dots: seeds)",
            ylabel="gold score", ylim=(min(0, *means) - 0.1, best + 0.2))
     plt.setp(ax.get_xticklabels(), rotation=20, ha="right")
