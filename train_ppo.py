@@ -190,7 +190,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             run.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         run.scaler.update()
-    return {name: value.item() / num_done for name, value in totals.items()}
+    return {name: float(value) / num_done for name, value in totals.items()}
 
 
 def summarise(rollout, beta):

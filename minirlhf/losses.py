@@ -86,7 +86,9 @@ def ppo_value_loss(new_values, values, returns, mask, clip_range=0.2, denominato
     clipped = (near - returns) ** 2 if clip_range > 0 else unclipped  # (B, T-1)
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, denominator)
     with torch.no_grad():
-        stats = {"value_clip_frac": masked_mean((clipped > unclipped).float(), mask)}
+        # Inside the range both branches are one number, up to rounding: that is no clipping.
+        bites = (clipped > unclipped) & ((new_values - values).abs() > clip_range)  # (B, T-1)
+        stats = {"value_clip_frac": masked_mean(bites.float(), mask)}
     return loss, stats
 
 

@@ -131,7 +131,8 @@ class Run:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         # float16's range is so small that gradients vanish unless the loss is scaled up; for the
         # other types the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
+                                           enabled=self.dtype == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)  # for sampling
         self.data_order = torch.Generator().manual_seed(cfg.seed)  # for shuffling, at start only
         self.history, self._clock = [], time.time()
@@ -164,7 +165,8 @@ class Run:
             train_step()
         except RuntimeError as error:
             short_of_memory = (isinstance(error, torch.OutOfMemoryError) or
-                               "allocate memory" in str(error) or "ALLOC_FAILED" in str(error))
+                               "allocate memory" in str(error) or
+                               "not enough memory" in str(error) or "ALLOC_FAILED" in str(error))
             if not short_of_memory:
                 raise
             raise UserError(f"the largest batch does not fit in the memory of {self.device}; "

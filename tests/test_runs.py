@@ -91,7 +91,7 @@ def test_a_resumed_run_keeps_its_options_but_may_change_its_device(road, tmp_pat
 
 
 def test_resume_needs_a_checkpoint(road, tmp_path):
-    with pytest.raises(UserError, match="--resume: .* holds no checkpoint yet; run without it"):
+    with pytest.raises(UserError, match="--resume: .* holds no checkpoint yet; start it with --overwrite"):
         road.run("sft", tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
 

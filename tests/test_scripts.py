@@ -462,7 +462,7 @@ def test_check_33_dpo_uses_the_stored_reference(road, tmp_path):
     run = start_run(cfg, {"init": "sft"})
     model = run.model("init")
     pairs = train_dpo.encode(train_dpo.read_preferences(cfg.data), run.tokenizer, 64, cfg)[:6]
-    train_dpo.add_reference(frozen(copy.deepcopy(model)), pairs, run)
+    train_dpo.add_reference(frozen(copy.deepcopy(model)), pairs, cfg, run)
     losses, stats = train_dpo.loss_of(model, pairs, cfg, run)
     close(losses, torch.full((6,), 2.0).log(), rtol=1e-4)  # check 25: log 2 at the start
     for pair in pairs:
@@ -551,7 +551,7 @@ def test_evaluate_compares_tiny_models(road, tmp_path, capsys):
         preferences=road.preferences, out=str(tmp_path / "eval"), best_of=2))
     players, compared = results["players"], results["comparisons"]
     assert set(players) == {"sft", "sft greedy", "dpo", "dpo greedy", "wrapper", "refuse all",
-                            "best of 2", "base few-shot"}
+                            "best of 2", "base few-shot", "base zero-shot"}
     assert players["sft"]["kl"] == pytest.approx(0, abs=1e-4) and players["dpo"]["kl"] > 0
     assert players["best of 2"]["reward"] > players["sft"]["reward"]
     assert results["reward_model"]["accuracy"] > 0.8
