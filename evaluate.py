@@ -1,4 +1,4 @@
-r"""Does one model answer better than another? Win rates with intervals, scores, KL, reward accuracy.
+r"""Does one model answer better than another? Win rates, intervals, scores, KL, accuracy.
 
     python evaluate.py --models out/ppo,out/dpo --against out/sft --judge data/toy/judge.py:judge \
         --reward_model out/rm --base out/pretrain --preferences out/heldout_preferences.jsonl

@@ -1,4 +1,4 @@
-r"""Pretraining: predict the next token of raw text. The first stage; everything else starts from it.
+r"""Pretraining: predict the next token of raw text. The first stage; all else starts from it.
 
 The text is one long stream of tokens, cut into random blocks. No masks, no special tokens: the base
 model learns the language and the facts, and every voice that the text speaks in.

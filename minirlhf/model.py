@@ -172,7 +172,7 @@ class KVCache:
         self.values = [torch.zeros_like(k) for k in self.keys]
 
     def write(self, layer, k, v, positions=None):
-        """Store k, v (B, n_kv_head, T, head_dim): from 0 on, or one token a row, at positions[b]."""
+        """Store k, v (B, n_kv_head, T, head_dim): from 0 on, or at positions[b]."""
         k, v = k.to(self.keys[layer].dtype), v.to(self.keys[layer].dtype)
         if positions is None:
             self.keys[layer][:, :, : k.shape[2]] = k
