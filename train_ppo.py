@@ -157,7 +157,7 @@ def minibatch_loss(actor, rollout, rows, denominator, cfg, run):
 
 
 def ppo_update(actor, optimizers, rollout, cfg, run, order):
-    """A few epochs of minibatch steps on one rollout; returns the mean of each statistic.
+    """A few epochs of minibatch steps on one rollout; returns each statistic's minibatch mean.
 
     optimizers: one for each set of parameters that is clipped apart: [policy, critic], or [both].
     order: a torch.Generator for the shuffling. Every response is used exactly once an epoch.
@@ -237,8 +237,8 @@ def main(cfg):
     # joint norm would let a large value loss shrink the policy's step.
     parts = [actor] if cfg.share_critic else [policy, critic]
     rates = [cfg.lr, cfg.critic_lr][: len(parts)]
-    # Adam's eps is 1e-5, as in every PPO since OpenAI's first: with 1e-8 the first steps, whose
-    # gradients are tiny, would be as long as any other.
+    # Adam's eps is 1e-5, as in lm-human-preferences (arXiv 1909.08593): it shortens the steps of
+    # parameters whose gradients are tiny, which 1e-8 would take as long as any other.
     optimizers = [make_optimizer(part, lr, eps=1e-5) for part, lr in zip(parts, rates)]
     print(f"model  | {sum(p.numel() for p in actor.parameters()):,} trained parameters")
 
