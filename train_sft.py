@@ -155,7 +155,8 @@ def main(cfg):
 
         if step % cfg.eval_every == 0 or step == num_steps:
             run.log(step, num_steps, num_tokens, loss=loss,
-                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
+                    lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
             show_samples(model, held_out[: cfg.num_samples], step, run)
         if step % cfg.save_every == 0 or step == num_steps:
