@@ -58,3 +58,12 @@ def road(tmp_path_factory):
     from tiny_road import Road  # it imports every script: leave the library's tests without them
 
     return Road(tmp_path_factory.mktemp("road")).walk()
+
+
+@pytest.fixture
+def double():
+    """Run in float64: Adam divides by the gradient's size, so a rounding error of a gradient that
+    is nearly zero would show in the weights as a whole step."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -4,14 +4,20 @@ Half of the demonstrations are polite, half are rude; annotators prefer politene
 something to learn within seconds, and every test can run a script's real `main`.
 """
 
+import copy
+import hashlib
 import json
 from pathlib import Path
+
+import torch
 
 import train_dpo
 import train_pretrain
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf.model import ActorCritic
+from minirlhf.runs import frozen, start_run
 from minirlhf.tokenizer import Tokenizer
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "ppo": train_ppo,
@@ -111,3 +117,34 @@ class Road:
         self.run("sft", self.folder / "sft", num_epochs=50, lr=3e-3, **fine)
         self.run("rm", self.folder / "rm", num_epochs=4, lr=2e-3, **fine)
         return self
+
+
+def finite(history):
+    return all(abs(value) < float("inf") for row in history for value in row.values())
+
+
+def without_clock(history):
+    return [{k: v for k, v in row.items() if k != "tok_per_s"} for row in history]
+
+
+def digest(model):
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())
+                          ).hexdigest()
+
+
+def collect(road, tmp_path, **changes):
+    """One rollout of PPO, and all that made it."""
+    options = {"dtype": "float32", "rollout_size": 16, **changes}
+    cfg = road.config("ppo", tmp_path / "run", **options)
+    run = start_run(cfg, {"init": "sft", "reward_model": "rm"})
+    policy, reward_model = run.model("init"), frozen(run.model("reward_model"))
+    with torch.no_grad():  # a policy that has moved: one equal to the reference would hide mistakes
+        weight = policy.trunk.blocks[1].mlp.down.weight
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    reference = frozen(run.model("init"))
+    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    actor = ActorCritic(policy, critic)
+    prompts = [run.tokenizer.encode_prompt(row["messages"])
+               for row in train_ppo.read_prompts(cfg.prompts)][:cfg.rollout_size]
+    rollout = train_ppo.collect_rollout(actor, reference, reward_model, prompts, cfg.beta, cfg, run)
+    return rollout, actor, reference, reward_model, cfg, run
