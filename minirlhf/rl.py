@@ -82,6 +82,23 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * real
 
 
+def group_advantages(scores, scale=True):
+    """How much better each of a prompt's K responses is than the others: a baseline without critic.
+
+    scores: (B, K), the K responses to each prompt. Returns (B, K): (r - mean) / deviation over the
+    group, the deviation unbiased (GRPO, arXiv 2402.03300, section 4.1.2); without the division if
+    `scale` is False (Dr. GRPO, arXiv 2503.20783). A group whose scores are all equal says nothing
+    about any of them, and gets exactly 0; so does a group of one. Equal is tested by max == min,
+    not by a small deviation: the mean of seven times 0.1 is not 0.1, and dividing the rounding
+    error by a deviation of the same size would give advantages near 1.
+    """
+    centred = scores - scores.mean(1, keepdim=True)  # (B, K)
+    equal = scores.amax(1, keepdim=True) == scores.amin(1, keepdim=True)  # (B, 1)
+    if scale and scores.shape[1] > 1:
+        centred = centred / scores.std(1, keepdim=True)  # 0 / 0 where equal: replaced below
+    return torch.where(equal, torch.zeros_like(centred), centred)
+
+
 def adapt_beta(beta, kl, target, num_episodes, horizon=10000):
     """Move the KL coefficient so that the measured KL drifts towards a target.
 

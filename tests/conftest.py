@@ -1,5 +1,7 @@
 """What all tests share: one thread, a comparison without hidden tolerances, a tiny awake model."""
 
+import os
+
 import pytest
 import torch
 
@@ -57,7 +59,8 @@ def road(tmp_path_factory):
     """Data files and the run folders of a tiny base, SFT and reward model, made once."""
     from tiny_road import Road  # it imports every script: leave the library's tests without them
 
-    return Road(tmp_path_factory.mktemp("road")).walk()
+    kept = os.environ.get("MINIRLHF_ROAD")  # `mutants.py` walks it once for many runs of pytest
+    return Road(kept or tmp_path_factory.mktemp("road")).walk()
 
 
 @pytest.fixture

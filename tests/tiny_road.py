@@ -67,6 +67,7 @@ class Road:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         lines = [f"Ann: {question}\nBen: {answer(sound)}" for question, sound in PROMPTS
                  for answer in (polite, rude)]
         self.text = self.folder / "text.txt"
@@ -112,6 +113,8 @@ class Road:
 
     def walk(self):
         """Train the first three stages well enough that the later ones have something to go on."""
+        if (self.folder / "rm" / "ckpt.pt").exists():
+            return self
         fine = dict(dtype="float32", batch_size=16, eval_every=1000)
         self.run("pretrain", self.folder / "pretrain", num_steps=150, lr=5e-3, warmup=10, **fine)
         self.run("sft", self.folder / "sft", num_epochs=50, lr=3e-3, **fine)
