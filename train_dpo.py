@@ -21,6 +21,7 @@ from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, shif
                               split_by_prompt)
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_preferences
+from minirlhf.ledger import Ledger
 from minirlhf.losses import dpo_loss
 from minirlhf.masked import sequence_logprobs, token_logprobs
 from minirlhf.optim import lr_at, make_optimizer, set_lr
@@ -47,6 +48,7 @@ class Config:
     held_out: float = 0.1  # share of the prompts kept for evaluation
     eval_every: int = 50  # steps between evaluations
     save_every: int = 100  # steps between checkpoints
+    ledger_every: int = 50  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
@@ -134,6 +136,31 @@ def loss_of(model, pairs, cfg, run):
 
 
 @torch.no_grad()
+def inspect(model, reference, pairs, cfg, run):
+    """For the ledger: each token's log-ratio to the reference, each answer's implicit reward.
+
+    Forward passes of its own, in evaluation mode: the step's random numbers stay the same.
+    """
+    model.eval()
+    tokens, mask = make_batch(pairs, run.device)  # (2B, T), (2B, T-1)
+    logprobs = []
+    for one in (model, reference):
+        with run.autocast():
+            logits = one(tokens)  # (2B, T, V)
+        values = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (2B, T-1)
+        logprobs.append(torch.where(mask, values, torch.zeros_like(values)))
+    model.train()
+    log_ratios = logprobs[0] - logprobs[1]  # (2B, T-1)
+    rewards = cfg.beta * sequence_logprobs(log_ratios, mask)  # (2B,)
+    B, place = len(pairs), torch.arange(2 * len(pairs), device=run.device)
+    both = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    return {"tokens": tokens, "lengths": torch.tensor([len(ids) for ids, _ in both]),
+            "response_mask": mask, "logprobs": logprobs[0], "ref_logprobs": logprobs[1],
+            "log_ratios": log_ratios, "implicit_rewards": rewards, "example": place % B,
+            "rank": place // B}
+
+
+@torch.no_grad()
 def evaluate(model, pairs, cfg, run):
     """Mean held-out loss and statistics over all pairs."""
     model.eval()
@@ -179,6 +206,7 @@ def main(cfg):
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
+    ledger = Ledger(run)
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
@@ -186,7 +214,9 @@ def main(cfg):
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         loss = 0.0
         for start in range(0, len(batch), micro):
-            losses, _ = loss_of(model, batch[start : start + micro], cfg, run)  # (b,)
+            part = batch[start : start + micro]
+            ledger.record(step, lambda: inspect(model, reference, part, cfg, run))
+            losses, _ = loss_of(model, part, cfg, run)  # (b,)
             micro_loss = losses.sum() / len(batch)  # pairs weigh the same, however they are split
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()

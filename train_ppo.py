@@ -29,7 +29,8 @@ from minirlhf.batches import encode_prompts, response_mask
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_prompts
 from minirlhf.generate import generate
-from minirlhf.losses import ppo_policy_loss, ppo_value_loss
+from minirlhf.ledger import Ledger
+from minirlhf.losses import ppo_policy_loss, ppo_value_loss, surrogate_losses
 from minirlhf.masked import (entropy, masked_mean, masked_sum, masked_var, masked_whiten,
                              token_logprobs)
 from minirlhf.model import ActorCritic
@@ -71,6 +72,7 @@ class Config:
     judge: str = ""  # file.py:function, a gold score to log beside the reward; never trained on
     eval_every: int = 20  # iterations between printed samples
     save_every: int = 20  # iterations between checkpoints
+    ledger_every: int = 5  # iterations between records of every tensor (0: none)
     seed: int = 0  # of the prompts' order and of sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
@@ -193,6 +195,21 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
     return {name: float(value) / num_done for name, value in totals.items()}
 
 
+@torch.no_grad()
+def inspect(actor, rollout, cfg, run):
+    """For the ledger: the rollout, and what the updated policy and critic say of the same tokens."""
+    tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
+    with run.autocast():
+        logits, new_values = actor(tokens)  # (B, T, V), (B, T)
+    logits = logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
+    new_logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
+    new_logprobs = torch.where(mask, new_logprobs, torch.zeros_like(new_logprobs))
+    ratio = torch.exp(new_logprobs - rollout["logprobs"])  # (B, T-1), 1 outside the mask
+    unclipped, clipped = surrogate_losses(ratio, rollout["whitened_advantages"], cfg.clip_range)
+    return {**rollout, "new_logprobs": new_logprobs, "ratio": ratio, "clipped": clipped > unclipped,
+            "new_values": torch.where(mask, new_values[:, :-1], torch.zeros_like(ratio))}
+
+
 def summarise(rollout, beta):
     """What is logged of a rollout: means over responses, or over response tokens."""
     mask, returns = rollout["response_mask"], rollout["returns"]  # (B, T-1), (B, T-1)
@@ -270,6 +287,7 @@ def main(cfg):
                           cfg.rollout_size)
 
     # 4. The loop.
+    ledger = Ledger(run)
     for step in range(first_step + 1, cfg.num_steps + 1):
         for optimizer, lr in zip(optimizers, rates):
             set_lr(optimizer, lr_at(step - 1, cfg.num_steps, lr, 0, cfg.final_lr, "linear"))
@@ -279,6 +297,7 @@ def main(cfg):
         # A generator of its own for each step: resuming needs no state of it.
         order = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         stats = ppo_update(actor, optimizers, rollout, cfg, run, order)
+        ledger.record(step, lambda: inspect(actor, rollout, cfg, run))
         summary = summarise(rollout, beta)
         if cfg.kl_target > 0:
             beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size)

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import encode_answer, epoch_batches, fit, pad_right, split_by_prompt
+from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, response_mask,
+                              split_by_prompt)
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_preferences
 from minirlhf.generate import generate
+from minirlhf.ledger import Ledger
 from minirlhf.losses import reward_model_loss
 from minirlhf.model import ScalarModel
 from minirlhf.optim import lr_at, make_optimizer, set_lr
@@ -45,6 +47,7 @@ class Config:
     max_new_tokens: int = 48  # longest of those answers in tokens
     eval_every: int = 50  # steps between evaluations
     save_every: int = 100  # steps between checkpoints
+    ledger_every: int = 50  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order and of sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
@@ -54,7 +57,8 @@ class Config:
 
 
 def encode(rows, tokenizer, max_len, cfg):
-    """Rows -> [{"ids": K lists, "ranks": K ints, "grades": K x K or None, "row": number}].
+    """Rows -> [{"ids": K lists, "ranks": K ints, "grades": K x K or None, "row": number,
+    "prompt_len": tokens before the answers}].
 
     Answers that are the same after cutting make no pair, so the second of them is left out.
     """
@@ -73,12 +77,13 @@ def encode(rows, tokenizer, max_len, cfg):
             else:
                 seen.add(tuple(example[0]))
                 kept.append((k, example[0]))
+                prompt_len = example[1].index(True)
         ranks = [row["ranks"][k] for k, _ in kept]
         if len(set(ranks)) < 2:
             continue  # no strict pair is left
         grades = row["grades"] and [[row["grades"][i][j] for j, _ in kept] for i, _ in kept]
         examples.append({"ids": [ids for _, ids in kept], "ranks": ranks, "grades": grades,
-                         "row": number})
+                         "row": number, "prompt_len": prompt_len})
     print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples)} left out"
           f"; answers left out: {same} identical, {too_long} longer than {max_len} tokens")
     return examples
@@ -145,6 +150,28 @@ def evaluate(model, examples, cfg, run):
 
 
 @torch.no_grad()
+def inspect(model, examples, cfg, run):
+    """For the ledger: the score after each token (the last one's counts), and each prompt's loss.
+
+    A forward pass of its own, in evaluation mode: the step's random numbers stay the same.
+    """
+    model.eval()
+    batch = make_batch(examples, cfg.margin, run.device)
+    tokens, lengths, places, ranks, _ = batch
+    with run.autocast():
+        losses = loss_of(model, batch)  # (B,)
+        raw = model.raw(tokens)[:, 1:]  # (N, T-1), after reading tokens[:, 1:]
+    model.train()
+    prompt_lens = torch.tensor([e["prompt_len"] for e in examples], device=run.device)[places[:, 0]]
+    mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (N, T-1)
+    return {"tokens": tokens, "lengths": lengths, "response_mask": mask,
+            "raw_scores": torch.where(mask, raw, torch.zeros_like(raw)),
+            "scores": raw.gather(1, (lengths - 2)[:, None]).squeeze(1),
+            "losses": losses[places[:, 0]], "example": places[:, 0],
+            "rank": ranks[places[:, 0], places[:, 1]]}  # each (N,)
+
+
+@torch.no_grad()
 def measure_scores(model, policy, prompts, cfg, run):
     """Mean and deviation of the raw scores of the SFT model's own answers, those that ended."""
     model.eval()
@@ -205,6 +232,7 @@ def main(cfg):
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
+    ledger = Ledger(run)
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
@@ -212,7 +240,9 @@ def main(cfg):
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         loss = 0.0
         for start in range(0, len(batch), micro):
-            tensors = make_batch(batch[start : start + micro], cfg.margin, run.device)
+            part = batch[start : start + micro]
+            ledger.record(step, lambda: inspect(model, part, cfg, run))
+            tensors = make_batch(part, cfg.margin, run.device)
             with run.autocast():
                 losses = loss_of(model, tensors)  # (b,)
             micro_loss = losses.sum() / len(batch)  # prompts weigh the same, however they are split

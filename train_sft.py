@@ -18,6 +18,7 @@ from minirlhf.batches import epoch_batches, fit, pad_right, shifted_mask
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_demonstrations
 from minirlhf.generate import generate
+from minirlhf.ledger import Ledger
 from minirlhf.losses import sft_loss
 from minirlhf.masked import token_logprobs
 from minirlhf.optim import lr_at, make_optimizer, set_lr
@@ -41,6 +42,7 @@ class Config:
     held_out: float = 0.05  # share of the dialogues kept for evaluation
     eval_every: int = 150  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
+    ledger_every: int = 150  # steps between records of every tensor (0: none)
     num_samples: int = 3  # held-out prompts answered greedily at each evaluation
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
@@ -88,6 +90,23 @@ def evaluate(model, examples, cfg, run):
     return total / count
 
 
+@torch.no_grad()
+def inspect(model, examples, run):
+    """For the ledger: each trained token's loss in nats.
+
+    A forward pass of its own, in evaluation mode: the step's random numbers stay the same.
+    """
+    model.eval()
+    tokens, lengths = pad_right([ids for ids, _ in examples], run.device)  # (B, T), (B,)
+    _, mask = make_batch(examples, run.device)  # (B, T-1)
+    with run.autocast():
+        logits = model(tokens)  # (B, T, V)
+    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (B, T-1)
+    model.train()
+    return {"tokens": tokens, "lengths": lengths, "response_mask": mask,
+            "token_losses": torch.where(mask, -logprobs, torch.zeros_like(logprobs))}
+
+
 def show_samples(model, examples, step, run):
     """Answer the last user turn of a few held-out dialogues, greedily."""
     for ids, mask in examples:
@@ -132,6 +151,7 @@ def main(cfg):
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
+    ledger = Ledger(run)
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
@@ -141,7 +161,9 @@ def main(cfg):
         denominator = sum(sum(mask) for _, mask in batch)
         loss = 0.0
         for start in range(0, len(batch), micro):
-            tokens, mask = make_batch(batch[start : start + micro], run.device)
+            part = batch[start : start + micro]
+            ledger.record(step, lambda: inspect(model, part, run))
+            tokens, mask = make_batch(part, run.device)
             with run.autocast():
                 micro_loss = loss_of(model, tokens, mask, denominator)
             run.scaler.scale(micro_loss).backward()

@@ -46,6 +46,14 @@ def reward_model_loss(scores, ranks, margins=None):
     return nats / pairs.sum((1, 2)).clamp(min=1)  # (B,)
 
 
+def surrogate_losses(ratio, advantages, clip_range=0.2):
+    """The two losses of each token that PPO compares: (unclipped, clipped), each (B, T-1).
+
+    ratio: (B, T-1), probability under the policy in training over that under the one that sampled.
+    """
+    return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
 def ppo_policy_loss(new_logprobs, logprobs, advantages, mask, clip_range=0.2, denominator=None):
     """PPO's clipped surrogate loss (arXiv 1707.06347, Eq. 7), mean over all response tokens.
 
@@ -57,8 +65,7 @@ def ppo_policy_loss(new_logprobs, logprobs, advantages, mask, clip_range=0.2, de
     """
     log_ratio = torch.where(mask, new_logprobs - logprobs, torch.zeros_like(logprobs))  # (B, T-1)
     ratio = torch.exp(log_ratio)  # (B, T-1), exactly 1 outside the mask
-    unclipped = -advantages * ratio  # (B, T-1)
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, T-1)
+    unclipped, clipped = surrogate_losses(ratio, advantages, clip_range)  # (B, T-1), (B, T-1)
     # The larger *loss* is the pessimistic one. Taking the minimum here, as one does for the
     # objective, would reward the policy for leaving the trust region.
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, denominator)

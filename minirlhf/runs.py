@@ -187,6 +187,8 @@ class Run:
         if not self.cfg.resume:
             for name in ("ckpt.pt", "metrics.jsonl", "samples.txt"):  # no more than a run's files
                 (self.folder / name).unlink(missing_ok=True)
+            for path in (self.folder / "ledger").glob("step_*"):
+                path.unlink()
             (self.folder / "metrics.jsonl").touch()
             return 0
         ckpt = load_checkpoint(self.folder)

@@ -1,0 +1,287 @@
+"""The ledger: every tensor of a few sequences, kept while a run goes on, to be read token by token.
+
+    python -m minirlhf.ledger out/ppo                      (the last recorded step, its first row)
+    python -m minirlhf.ledger out/ppo --step 40 --row 2
+    python -m minirlhf.ledger out/ppo --html               (writes out/ppo/microscope.html)
+
+`ledger.record(step, ...)` in a script writes two small files into the run's folder `ledger/`:
+
+  step_000040.json   {"step", "batch_size", "pieces": the tokens of each kept row, as text}
+  step_000040.npz    rows/<name>     the first few sequences, whole: tokens (R, T), per-token tensors
+                                     (R, T-1), one number per sequence (R,)
+                     batch/<name>    one number for *each* sequence of the batch, (B,): as it is, or
+                                     a per-token tensor summed over the sequence's response tokens
+                     squares/<name>  the same sums of squares, from which deviations follow
+
+`numpy.load` opens the second. Names and alignment are those of the grid: column t of a per-token
+tensor speaks of emitting tokens[:, t+1]. Where answers are compared, `example` numbers the prompt
+that an answer belongs to, and `rank` says which answer is preferred (0 is best).
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minirlhf.config import UserError
+from minirlhf.masked import masked_sum
+from minirlhf.runs import write_atomically
+
+# What the terminal prints of each token: (heading, tensor). A run has some of these.
+COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("reward", "rewards"),
+           ("value", "values"), ("advant.", "advantages"), ("whitened", "whitened_advantages"),
+           ("return", "returns"), ("ratio", "ratio"), ("new val", "new_values"),
+           ("loss", "token_losses"), ("log-ratio", "log_ratios"), ("score", "raw_scores"),
+           ("entropy", "entropy")]
+SUMMED = {"logprobs", "ref_logprobs", "kl", "rewards", "token_losses", "log_ratios"}
+
+
+class Ledger:
+    """Writes a run's ledger. `cfg.ledger_every` steps lie between two records; 0 records nothing.
+
+    run: a Run. keep: how many sequences (or, where answers are compared, prompts) are kept whole.
+    """
+
+    def __init__(self, run, keep=4):
+        self.folder, self.tokenizer = run.folder / "ledger", run.tokenizer
+        self.every, self.keep = run.cfg.ledger_every, keep
+        self.step, self.parts = None, []
+
+    def due(self, step):
+        return self.every > 0 and (step == 1 or step % self.every == 0)
+
+    def record(self, step, tensors):
+        """Keep what `tensors()` returns, if this step is due; else it is not even called.
+
+        tensors: a function without arguments that returns {name: tensor}: `tokens` (B, T), `lengths`
+        (B,), `response_mask` (B, T-1) bool, and any further (B, T-1) or (B,) tensors. Called once
+        for a batch, or once for each of its micro-batches, whose rows are then joined.
+        """
+        if not self.due(step):
+            return
+        if step != self.step:
+            self.step, self.parts = step, []
+        part = {name: value.detach().cpu() for name, value in tensors().items()}
+        B = len(part["tokens"])
+        part.setdefault("example", torch.arange(B))
+        if self.parts:  # prompts are numbered on through the micro-batches
+            part["example"] = part["example"] + self.parts[-1]["example"].max() + 1
+        self.parts.append(part)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(self.folder / f"step_{step:06d}")
+
+    def _write(self, path):
+        """Write the step's two files, from all its parts so far."""
+        arrays, pieces = {}, []
+        T = max(part["tokens"].shape[1] for part in self.parts)
+        for part in self.parts:
+            mask = part["response_mask"]
+            kept = part["example"] < self.keep  # (B,)
+            for row, length in zip(part["tokens"][kept].tolist(), part["lengths"][kept].tolist()):
+                pieces.append([self.tokenizer.decode([idx]) for idx in row[:length]])
+            columns = {"batch/num_tokens": mask.sum(1)}
+            for name, value in part.items():
+                per_token = value.dim() == 2 and name != "tokens"
+                if per_token or name == "tokens":  # filled up to the longest micro-batch
+                    filler = value.new_zeros(len(value), T - per_token - value.shape[1])
+                    columns[f"rows/{name}"] = torch.cat([value, filler], dim=1)[kept]
+                else:
+                    columns[f"rows/{name}"] = value[kept]
+                    columns[f"batch/{name}"] = value
+                if per_token and value.is_floating_point():
+                    columns[f"batch/{name}"] = masked_sum(value.double(), mask, dim=1)
+                    columns[f"squares/{name}"] = masked_sum(value.double() ** 2, mask, dim=1)
+            for name, value in columns.items():
+                arrays.setdefault(name, []).append(value.float().numpy() if value.dtype in (
+                    torch.bfloat16, torch.float16) else value.numpy())
+        arrays = {name: np.concatenate(values) for name, values in arrays.items()}
+        meta = {"step": self.step, "batch_size": len(arrays["batch/lengths"]), "pieces": pieces}
+        with_suffix = lambda suffix: path.with_name(path.name + suffix)
+
+        def save(part):
+            with open(part, "wb") as f:
+                np.savez_compressed(f, **arrays)
+
+        write_atomically(with_suffix(".npz"), save)
+        write_atomically(with_suffix(".json"), lambda part: part.write_text(json.dumps(meta)))
+
+
+# ---------------------------------------------------------------- reading
+
+def recorded_steps(folder):
+    """The steps that a run's ledger holds, in order; UserError where there are none."""
+    steps = sorted(int(path.stem[5:]) for path in Path(folder, "ledger").glob("step_*.json"))
+    if not steps:
+        raise UserError(f"{folder} holds no ledger; give a run's folder, of a run whose "
+                        "--ledger_every was above 0")
+    return steps
+
+
+def load(folder, step):
+    """One recorded step: {"step", "batch_size", "pieces", "rows": {name: array}, "batch": ...,
+    "squares": ...}; see the module's docstring."""
+    steps = recorded_steps(folder)
+    if step not in steps:
+        raise UserError(f"step {step} is not in {folder}/ledger; it holds "
+                        f"{', '.join(map(str, steps))}")
+    path = Path(folder, "ledger", f"step_{step:06d}")
+    record = json.loads(path.with_name(path.name + ".json").read_text())
+    record.update(rows={}, batch={}, squares={})
+    with np.load(path.with_name(path.name + ".npz"), allow_pickle=False) as arrays:
+        for name in arrays.files:
+            kind, _, key = name.partition("/")
+            record[kind][key] = arrays[name]
+    return record
+
+
+def batch_means(record):
+    """{name: mean over the batch}, from the sums of each sequence.
+
+    Per-token tensors give two: `<name>/token`, the mean over all response tokens, and
+    `<name>/sequence`, the mean of the sequences' sums. One number per sequence gives its mean.
+    """
+    count, B = record["batch"]["num_tokens"].sum(), record["batch_size"]
+    means = {}
+    for name, values in record["batch"].items():
+        if name in record["squares"]:
+            means[f"{name}/token"] = values.sum() / count
+            means[f"{name}/sequence"] = values.sum() / B
+        else:
+            means[name] = values.astype(np.float64).mean()
+    return means
+
+
+# ---------------------------------------------------------------- printing
+
+def paint(text, code, colour):
+    return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+def visible(piece, width):
+    """A token as text of at most `width` columns, its white space and control characters shown."""
+    text = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in
+                   piece.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t"))
+    return (text if len(text) <= width else text[: width - 1] + "…").ljust(width)
+
+
+def row_lines(record, row, colour=False):
+    """The lines of one sequence: a line per token, its numbers under the headings, sums below."""
+    rows, pieces = record["rows"], record["pieces"][row]
+    columns = [(heading, name) for heading, name in COLUMNS if name in rows]
+    if "advantages" in rows:  # 110 columns hold eleven numbers; the critic's move is the least
+        columns = [c for c in columns if c[1] not in ("new_values", "entropy")]
+    mask = rows["response_mask"][row]  # (T-1,)
+    clipped = rows["clipped"][row] if "clipped" in rows else None
+    lines = ["    t token        part    " + "".join(f"{heading:>9}" for heading, _ in columns)
+             + ("  clip" if clipped is not None else "")]
+    for i, piece in enumerate(pieces):
+        real = i > 0 and mask[i - 1]
+        line = f"{i:5d} {visible(piece, 12)} {'response' if real else 'prompt':8}"
+        if not real:
+            lines.append(paint(line.rstrip(), "2", colour))
+            continue
+        for _, name in columns:
+            value = rows[name][row][i - 1]
+            code = "34" if value > 0 else "33"  # blue and yellow differ for every eye
+            signed = name in ("advantages", "whitened_advantages", "log_ratios")
+            line += paint(f"{value:9.3f}", code, colour and signed)
+        if clipped is not None:
+            line += paint("   yes", "1", colour) if clipped[i - 1] else "    no"
+        lines.append(line)
+    lines.append(f"{'sum':5} {'':12} {mask.sum():3d} tok." + "".join(
+        f"{rows[name][row][mask].sum():9.3f}" if name in SUMMED else f"{'':9}"
+        for _, name in columns))
+    return [line.rstrip() for line in lines]
+
+
+def describe_row(record, row):
+    """One line of what the sequence as a whole got."""
+    rows = record["rows"]
+    facts = [f"{name.replace('_', ' ')} {rows[name][row]:.3f}"
+             for name in ("scores", "logps", "implicit_rewards", "losses") if name in rows]
+    if "rank" in rows:
+        facts.insert(0, f"answer of rank {rows['rank'][row]}")
+    if "ended" in rows:
+        facts.append("ended" if rows["ended"][row] else "did not end")
+    return ", ".join(facts)
+
+
+def show(folder, step=None, row=0, colour=False):
+    """The text that the command prints."""
+    step = recorded_steps(folder)[-1] if step is None else step
+    record = load(folder, step)
+    example = record["rows"]["example"]
+    compared = "rank" in record["rows"]
+    chosen = [i for i in range(len(example)) if example[i] == row]
+    if not chosen:
+        raise UserError(f"row {row} is not in the ledger, which keeps rows 0 to {example.max()}")
+    if compared:  # the best answer and the worst
+        chosen.sort(key=lambda i: record["rows"]["rank"][i])
+        chosen = [chosen[0], chosen[-1]]
+    lines = [f"{folder}, step {step}, {'prompt' if compared else 'row'} {row} of "
+             f"{len(set(record['batch']['example'].tolist()))}"]
+    if compared:
+        lines += side_by_side(record, *chosen, colour)
+    else:
+        facts = describe_row(record, chosen[0])
+        lines += ([facts] if facts else []) + row_lines(record, chosen[0], colour)
+    means = [f"{name.replace('/', ' per ')} {value:.4g}" for name, value in
+             batch_means(record).items() if name.split("/")[0] in SUMMED | {"scores", "losses"}]
+    lines += ["", "means over the batch:"] + ["  " + ", ".join(means[i : i + 4])
+                                              for i in range(0, len(means), 4)]
+    return "\n".join(lines)
+
+
+def side_by_side(record, better, worse, colour=False):
+    """The response tokens of the preferred and of the other answer, with their numbers."""
+    rows = record["rows"]
+    columns = [(heading, name) for heading, name in COLUMNS if name in rows]
+    halves = []
+    for row in (better, worse):
+        mask, pieces = rows["response_mask"][row], record["pieces"][row]
+        at = [i for i in range(1, len(pieces)) if mask[i - 1]]
+        half = [visible(pieces[i], 14) + "".join(
+            f"{rows[name][row][i - 1]:9.3f}" for _, name in columns) for i in at]
+        sums = "".join(f"{rows[name][row][mask].sum():9.3f}" if name in SUMMED else f"{'':9}"
+                       for _, name in columns)
+        halves.append((describe_row(record, row), half, f"{'sum':14}" + sums))
+    width = 14 + 9 * len(columns)
+    start = rows["response_mask"][better].argmax() + 1
+    prompt = "".join(record["pieces"][better][:start])
+    heading = "token".ljust(14) + "".join(f"{heading:>9}" for heading, _ in columns)
+    lines = ["prompt: " + visible(prompt, 100).rstrip()]
+    lines += [f"{halves[0][0]:{width}}   {halves[1][0]}", f"{heading:{width}}   {heading}"]
+    for i in range(max(len(halves[0][1]), len(halves[1][1]))):
+        left, right = (half[i] if i < len(half) else "" for _, half, _ in halves)
+        lines.append(f"{left:{width}}   {right}")
+    lines.append(f"{halves[0][2]:{width}}   {halves[1][2]}")
+    return [line.rstrip() for line in lines]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.ledger", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
+    parser.add_argument("--row", type=int, default=0, help="which of the kept sequences")
+    parser.add_argument("--html", action="store_true", help="write RUN/microscope.html")
+    args = parser.parse_args(argv)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    try:
+        if args.html:
+            from minirlhf.microscope import write_page  # a page's worth of code of its own
+
+            print(f"written: {write_page(args.run)}")
+        else:
+            print(show(args.run, args.step, args.row, colour))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
