@@ -3,6 +3,7 @@
     python sample.py --prompt "What does a cow say?"
     python sample.py --chat
     python sample.py --prompts data/toy/prompts.jsonl --num_samples 4 --save out/samples.jsonl
+    python sample.py --prompt "What does a cow say?" --ledger out/look    (every token's log-prob)
 
 The file of samples is what annotators, best-of-K selection and evaluation read: each row of the
 prompts file with "samples": [{"text", "ended"}, ...] added.
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import encode_prompts
+from minirlhf.batches import encode_prompts, pad_right, response_mask
 from minirlhf.config import UserError, command_line
 from minirlhf.formats import read_prompts, write_jsonl
 from minirlhf.generate import sample_prompts
+from minirlhf.ledger import Ledger
+from minirlhf.masked import entropy, token_logprobs
 from minirlhf.runs import load_model, pick_device, pick_dtype
 
 
@@ -27,6 +30,7 @@ class Config:
     chat: bool = False  # hold a conversation in the terminal
     prompts: str = ""  # a file of prompts to answer
     save: str = ""  # where to write the samples of --prompts
+    ledger: str = ""  # folder for a ledger of the first 64 samples: python -m minirlhf.ledger FOLDER
     plain: bool = False  # treat the prompt as plain text to go on with (for a base model)
     num_samples: int = 1  # samples for each prompt
     max_new_tokens: int = 48  # longest response in tokens
@@ -47,6 +51,23 @@ def respond(model, prompts, cfg, generator, stop_ids, num_samples=1):
     with torch.autocast(generator.device.type, dtype, enabled=dtype != torch.float32):
         return sample_prompts(model, prompts, stop_ids, cfg.max_new_tokens, cfg.temperature,
                               generator, num_samples, cfg.batch_size, cfg.top_k, cfg.top_p)
+
+
+@torch.no_grad()
+def inspect(model, prompts, results, cfg):
+    """For the ledger: log-prob and entropy (nats) of each sampled token of the first samples."""
+    pairs = [(prompt, ids) for prompt, samples in zip(prompts, results) for ids, _ in samples][:64]
+    device = model.trunk.wte.weight.device
+    tokens, lengths = pad_right([prompt + ids for prompt, ids in pairs], device)  # (B, T), (B,)
+    prompt_lens = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)  # (B,)
+    mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (B, T-1)
+    # Greedy answers have no distribution of their own: shown is the model's at temperature 1.
+    logits = model(tokens)[:, :-1].float() / (cfg.temperature or 1.0)  # (B, T-1, V)
+    logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
+    zero = torch.zeros_like(logprobs)
+    return {"tokens": tokens, "lengths": lengths, "response_mask": mask,
+            "logprobs": torch.where(mask, logprobs, zero),
+            "entropy": torch.where(mask, entropy(logits), zero)}
 
 
 def chat(model, tokenizer, cfg, generator):
@@ -101,6 +122,8 @@ def main(cfg):
         rows = [{"messages": start + [{"role": "user", "content": cfg.prompt}]}]
     prompts = encode_prompts(tokenizer, rows, model.cfg.block_size, cfg.prompts or "--prompt")
     results = respond(model, prompts, cfg, generator, [tokenizer.end_id], cfg.num_samples)
+    if cfg.ledger:
+        Ledger(cfg.ledger, tokenizer, every=1).record(1, lambda: inspect(model, prompts, results, cfg))
     for row, samples in zip(rows, results):
         row["samples"] = [{"text": tokenizer.decode_response(ids), "ended": ended}
                           for ids, ended in samples]

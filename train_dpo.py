@@ -206,7 +206,7 @@ def main(cfg):
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
-    ledger = Ledger(run)
+    ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
@@ -233,6 +233,7 @@ def main(cfg):
             num_tokens = 0
         if step % cfg.save_every == 0 or step == num_steps:
             run.save(step, model=model, optimizer=optimizer)
+    run.draw()
     return run.history
 
 

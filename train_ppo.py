@@ -287,7 +287,7 @@ def main(cfg):
                           cfg.rollout_size)
 
     # 4. The loop.
-    ledger = Ledger(run)
+    ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
     for step in range(first_step + 1, cfg.num_steps + 1):
         for optimizer, lr in zip(optimizers, rates):
             set_lr(optimizer, lr_at(step - 1, cfg.num_steps, lr, 0, cfg.final_lr, "linear"))
@@ -316,6 +316,7 @@ def main(cfg):
                                f"  model: {response}   (score {score:.2f})")
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             run.save(step, model=policy, actor=actor, **saved)
+    run.draw()
     return run.history
 
 

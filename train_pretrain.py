@@ -141,6 +141,7 @@ def main(cfg):
             num_tokens = 0
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             run.save(step, model=model, optimizer=optimizer)
+    run.draw()
     return run.history
 
 

@@ -41,14 +41,15 @@ SUMMED = {"logprobs", "ref_logprobs", "kl", "rewards", "token_losses", "log_rati
 
 
 class Ledger:
-    """Writes a run's ledger. `cfg.ledger_every` steps lie between two records; 0 records nothing.
+    """Writes the ledger of a run.
 
-    run: a Run. keep: how many sequences (or, where answers are compared, prompts) are kept whole.
+    folder: the run's; every: the first step and each `every`-th are recorded, none if it is 0;
+    keep: how many sequences (or, where answers are compared, prompts) are kept whole.
     """
 
-    def __init__(self, run, keep=4):
-        self.folder, self.tokenizer = run.folder / "ledger", run.tokenizer
-        self.every, self.keep = run.cfg.ledger_every, keep
+    def __init__(self, folder, tokenizer, every, keep=4):
+        self.folder, self.tokenizer = Path(folder) / "ledger", tokenizer
+        self.every, self.keep = every, keep
         self.step, self.parts = None, []
 
     def due(self, step):
@@ -155,10 +156,26 @@ def batch_means(record):
     return means
 
 
+def find_row(record, row, worst=False):
+    """Where sequence `row` stands in the arrays; of a prompt's compared answers the best (worst)."""
+    rows = record["rows"]
+    places = [i for i, example in enumerate(rows["example"]) if example == row]
+    if not places:
+        raise UserError(f"row {row} is not in the ledger; it keeps rows 0 to "
+                        f"{rows['example'].max()}")
+    places.sort(key=lambda i: rows["rank"][i] if "rank" in rows else 0)
+    return places[-1 if worst else 0]
+
+
 # ---------------------------------------------------------------- printing
 
 def paint(text, code, colour):
     return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+def number(value):
+    """Nine columns, three decimals, and no -0.000."""
+    return f"{round(float(value), 3) + 0:9.3f}"
 
 
 def visible(piece, width):
@@ -188,12 +205,12 @@ def row_lines(record, row, colour=False):
             value = rows[name][row][i - 1]
             code = "34" if value > 0 else "33"  # blue and yellow differ for every eye
             signed = name in ("advantages", "whitened_advantages", "log_ratios")
-            line += paint(f"{value:9.3f}", code, colour and signed)
+            line += paint(number(value), code, colour and signed)
         if clipped is not None:
             line += paint("   yes", "1", colour) if clipped[i - 1] else "    no"
         lines.append(line)
     lines.append(f"{'sum':5} {'':12} {mask.sum():3d} tok." + "".join(
-        f"{rows[name][row][mask].sum():9.3f}" if name in SUMMED else f"{'':9}"
+        number(rows[name][row][mask].sum()) if name in SUMMED else f"{'':9}"
         for _, name in columns))
     return [line.rstrip() for line in lines]
 
@@ -214,14 +231,8 @@ def show(folder, step=None, row=0, colour=False):
     """The text that the command prints."""
     step = recorded_steps(folder)[-1] if step is None else step
     record = load(folder, step)
-    example = record["rows"]["example"]
     compared = "rank" in record["rows"]
-    chosen = [i for i in range(len(example)) if example[i] == row]
-    if not chosen:
-        raise UserError(f"row {row} is not in the ledger, which keeps rows 0 to {example.max()}")
-    if compared:  # the best answer and the worst
-        chosen.sort(key=lambda i: record["rows"]["rank"][i])
-        chosen = [chosen[0], chosen[-1]]
+    chosen = [find_row(record, row), find_row(record, row, worst=True)]
     lines = [f"{folder}, step {step}, {'prompt' if compared else 'row'} {row} of "
              f"{len(set(record['batch']['example'].tolist()))}"]
     if compared:
@@ -245,8 +256,8 @@ def side_by_side(record, better, worse, colour=False):
         mask, pieces = rows["response_mask"][row], record["pieces"][row]
         at = [i for i in range(1, len(pieces)) if mask[i - 1]]
         half = [visible(pieces[i], 14) + "".join(
-            f"{rows[name][row][i - 1]:9.3f}" for _, name in columns) for i in at]
-        sums = "".join(f"{rows[name][row][mask].sum():9.3f}" if name in SUMMED else f"{'':9}"
+            number(rows[name][row][i - 1]) for _, name in columns) for i in at]
+        sums = "".join(number(rows[name][row][mask].sum()) if name in SUMMED else f"{'':9}"
                        for _, name in columns)
         halves.append((describe_row(record, row), half, f"{'sum':14}" + sums))
     width = 14 + 9 * len(columns)

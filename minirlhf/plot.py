@@ -1,10 +1,12 @@
-"""Pictures of runs, drawn from their metrics.jsonl.
+"""Pictures of runs, drawn from their metrics.jsonl and their ledgers.
 
-    python -m minirlhf.plot out/ppo out/dpo --save out/curves.png
+    python -m minirlhf.plot out/ppo out/dpo --save out/both.png
+    python -m minirlhf.plot out/ppo --step 40 --row 2        (a heat map of one sequence's tensors)
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,15 +15,30 @@ import matplotlib
 matplotlib.use("Agg")  # draw into files; no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-from minirlhf.config import UserError  # noqa: E402
+import numpy as np  # noqa: E402
 
-# What is worth drawing, with its unit; a run has some of these.
-UNITS = {
-    "loss": "nats", "val_loss": "nats", "accuracy": "share of pairs", "margin": "implicit reward",
-    "score": "normalised score", "gold": "gold score", "kl": "nats per response",
-    "entropy": "nats per token", "length": "tokens", "explained_variance": "share",
-    "clip_frac": "share of tokens",
+from minirlhf.config import UserError  # noqa: E402
+from minirlhf.ledger import COLUMNS, find_row, load, recorded_steps, visible  # noqa: E402
+
+# What is worth drawing, with its unit and what to look for; a run has some of these.
+PANELS = {
+    "loss": ("nats", "loss: falls, noisily"),
+    "val_loss": ("nats", "val_loss: rising again is overfitting"),
+    "accuracy": ("share of held-out pairs", "accuracy: which answer is preferred"),
+    "margin": ("implicit reward", "margin: chosen above rejected"),
+    "chosen_logp": ("nats per answer", "chosen_logp: may fall"),
+    "rejected_logp": ("nats per answer", "rejected_logp: falls faster"),
+    "score": ("normalised score", "score: what the reward model sees"),
+    "gold": ("gold score", "gold: what is truly wanted"),
+    "kl": ("nats per response", "kl: the distance paid for it"),
+    "entropy": ("nats per token", "entropy: 0 is collapse"),
+    "length": ("tokens", "length: steady is healthy"),
+    "explained_variance": ("share of returns' variance", "explained_variance: the critic learns"),
+    "clip_frac": ("share of tokens", "clip_frac: tokens held back"),
+    "approx_kl": ("nats per token", "approx_kl: the size of a step"),
 }
+BASELINES = {"accuracy": (0.5, "guessing"), "explained_variance": (0.0, "the mean return"),
+             "margin": (0.0, "no preference"), "kl": (0.0, "the reference")}
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # colour-blind safe
 
 
@@ -62,18 +79,61 @@ def save(fig, path):
 def draw_runs(folders, path):
     """Every known metric that any of the runs has, one panel each, all runs together."""
     runs = {str(folder): read_metrics(folder) for folder in folders}
-    keys = [key for key in UNITS if any(key in rows[-1] for rows in runs.values())]
+    keys = [key for key in PANELS if any(key in rows[-1] for rows in runs.values())]
+    if not keys:
+        raise UserError(f"{', '.join(runs)}: none of {', '.join(PANELS)} was logged")
     columns = min(3, len(keys))
     lines = -(-len(keys) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)
     for ax, key in zip(axes.flat, keys):
-        for colour, (name, rows) in zip(COLOURS, runs.items()):
+        for i, (name, rows) in enumerate(runs.items()):
             if key in rows[-1]:
-                draw(ax, rows, key, Path(name).name, colour)
-        ax.set(title=key.replace("_", " "), xlabel="step", ylabel=UNITS[key])
-        ax.legend(frameon=False)
+                draw(ax, rows, key, label(name, runs), COLOURS[i % len(COLOURS)])
+        level, meaning = BASELINES.get(key, (None, ""))
+        if key in ("loss", "val_loss") and all("accuracy" in rows[-1] for rows in runs.values()):
+            level, meaning = math.log(2), "guessing"  # of a preference loss
+        if level is not None:
+            ax.axhline(level, color="grey", linestyle=":", label=meaning)
+        unit, title = PANELS[key]
+        ax.set_title(title, fontsize=10)
+        ax.set(xlabel="step", ylabel=unit)
+        ax.legend(frameon=False, fontsize=8)
     for ax in axes.flat[len(keys) :]:
         ax.axis("off")
+    save(fig, path)
+
+
+def label(folder, folders):
+    """The folder's last name, or all of it where two runs share that."""
+    name = Path(folder).name
+    return name if sum(Path(other).name == name for other in folders) == 1 else str(folder)
+
+
+def draw_sequence(folder, path, step=None, row=0):
+    """A heat map of one recorded sequence: a line for each tensor, a column for each token.
+
+    Each line has its own scale: orange is above 0, purple below; for the ratio, above and below 1.
+    """
+    step = recorded_steps(folder)[-1] if step is None else step
+    record = load(folder, step)
+    row = find_row(record, row)
+    mask = record["rows"]["response_mask"][row]
+    at = [i for i in range(1, len(record["pieces"][row])) if mask[i - 1]]
+    names = [name for _, name in COLUMNS if name in record["rows"]]
+    values = np.array([[record["rows"][name][row][i - 1] for i in at] for name in names])
+    shift = np.array([[1.0 if name == "ratio" else 0.0] for name in names])
+    scale = np.abs(values - shift).max(axis=1, keepdims=True).clip(min=1e-9)  # of each tensor
+    shade = (values - shift) / scale
+    fig, ax = plt.subplots(figsize=(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names)))
+    ax.imshow(shade, cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
+    for y, x in np.ndindex(values.shape):
+        ax.text(x, y, f"{round(values[y, x], 2) + 0:.2f}", ha="center", va="center", fontsize=7,
+                color="white" if abs(shade[y, x]) > 0.9 else "black")
+    pieces = [visible(record["pieces"][row][i], 12).strip() for i in at]
+    ax.set_xticks(range(len(at)), pieces, rotation=45, ha="right")
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    ax.set_title(f"{Path(folder).name}, step {step}, row {row}: every tensor of each response token\n"
+                 "(colours: each line by its own scale)", fontsize=10)
     save(fig, path)
 
 
@@ -144,12 +204,18 @@ def draw_reward_against_kl(runs, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.plot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.plot", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--save", default="curves.png", help="the picture to write")
+    parser.add_argument("--row", type=int, help="draw this sequence of the first run's ledger")
+    parser.add_argument("--step", type=int, help="of this recorded step (default: the last)")
     args = parser.parse_args(argv)
     try:
-        draw_runs(args.runs, args.save)
+        if args.row is None and args.step is None:
+            draw_runs(args.runs, args.save)
+        else:
+            draw_sequence(args.runs[0], args.save, args.step, args.row or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

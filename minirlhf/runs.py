@@ -233,6 +233,13 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
+    def draw(self):
+        """Save the curves of the whole run as curves.png; two points or fewer are no curve."""
+        if len(self.history) > 2:
+            from minirlhf.plot import draw_runs  # matplotlib takes a second to load
+
+            draw_runs([self.folder], self.folder / "curves.png")
+
     def show(self, step, text):
         """Print a sample and append it to samples.txt."""
         print(text, flush=True)
