@@ -30,7 +30,7 @@ class Config:
     chat: bool = False  # hold a conversation in the terminal
     prompts: str = ""  # a file of prompts to answer
     save: str = ""  # where to write the samples of --prompts
-    ledger: str = ""  # folder for a ledger of the first 64 samples: python -m minirlhf.ledger FOLDER
+    ledger: str = ""  # folder for a ledger of the first 64 samples
     plain: bool = False  # treat the prompt as plain text to go on with (for a base model)
     num_samples: int = 1  # samples for each prompt
     max_new_tokens: int = 48  # longest response in tokens
@@ -123,7 +123,8 @@ def main(cfg):
     prompts = encode_prompts(tokenizer, rows, model.cfg.block_size, cfg.prompts or "--prompt")
     results = respond(model, prompts, cfg, generator, [tokenizer.end_id], cfg.num_samples)
     if cfg.ledger:
-        Ledger(cfg.ledger, tokenizer, every=1).record(1, lambda: inspect(model, prompts, results, cfg))
+        ledger = Ledger(cfg.ledger, tokenizer, every=1)
+        ledger.record(1, lambda: inspect(model, prompts, results, cfg))
     for row, samples in zip(rows, results):
         row["samples"] = [{"text": tokenizer.decode_response(ids), "ended": ended}
                           for ids, ended in samples]

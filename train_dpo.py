@@ -48,7 +48,7 @@ class Config:
     held_out: float = 0.1  # share of the prompts kept for evaluation
     eval_every: int = 50  # steps between evaluations
     save_every: int = 100  # steps between checkpoints
-    ledger_every: int = 50  # steps between records of every tensor (0: none)
+    ledger_every: int = 10  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products

@@ -197,7 +197,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
 
 @torch.no_grad()
 def inspect(actor, rollout, cfg, run):
-    """For the ledger: the rollout, and what the updated policy and critic say of the same tokens."""
+    """For the ledger: the rollout, and what the updated policy and critic say of its tokens."""
     tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
     with run.autocast():
         logits, new_values = actor(tokens)  # (B, T, V), (B, T)

@@ -47,7 +47,7 @@ class Config:
     max_new_tokens: int = 48  # longest of those answers in tokens
     eval_every: int = 50  # steps between evaluations
     save_every: int = 100  # steps between checkpoints
-    ledger_every: int = 50  # steps between records of every tensor (0: none)
+    ledger_every: int = 20  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order and of sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products

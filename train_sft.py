@@ -42,7 +42,7 @@ class Config:
     held_out: float = 0.05  # share of the dialogues kept for evaluation
     eval_every: int = 150  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
-    ledger_every: int = 150  # steps between records of every tensor (0: none)
+    ledger_every: int = 50  # steps between records of every tensor (0: none)
     num_samples: int = 3  # held-out prompts answered greedily at each evaluation
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)

@@ -7,8 +7,8 @@
 `ledger.record(step, ...)` in a script writes two small files into the run's folder `ledger/`:
 
   step_000040.json   {"step", "batch_size", "pieces": the tokens of each kept row, as text}
-  step_000040.npz    rows/<name>     the first few sequences, whole: tokens (R, T), per-token tensors
-                                     (R, T-1), one number per sequence (R,)
+  step_000040.npz    rows/<name>     the first few sequences, whole: tokens (R, T), per-token
+                                     tensors (R, T-1), one number per sequence (R,)
                      batch/<name>    one number for *each* sequence of the batch, (B,): as it is, or
                                      a per-token tensor summed over the sequence's response tokens
                      squares/<name>  the same sums of squares, from which deviations follow
@@ -58,9 +58,9 @@ class Ledger:
     def record(self, step, tensors):
         """Keep what `tensors()` returns, if this step is due; else it is not even called.
 
-        tensors: a function without arguments that returns {name: tensor}: `tokens` (B, T), `lengths`
-        (B,), `response_mask` (B, T-1) bool, and any further (B, T-1) or (B,) tensors. Called once
-        for a batch, or once for each of its micro-batches, whose rows are then joined.
+        tensors: a function without arguments that returns {name: tensor}: `tokens` (B, T),
+        `lengths` (B,), `response_mask` (B, T-1) bool, and any further (B, T-1) or (B,) tensors.
+        Called once for a batch, or once for each micro-batch, whose rows are then joined.
         """
         if not self.due(step):
             return
@@ -157,7 +157,7 @@ def batch_means(record):
 
 
 def find_row(record, row, worst=False):
-    """Where sequence `row` stands in the arrays; of a prompt's compared answers the best (worst)."""
+    """Where sequence `row` stands in the arrays; of compared answers the best, or the worst."""
     rows = record["rows"]
     places = [i for i, example in enumerate(rows["example"]) if example == row]
     if not places:

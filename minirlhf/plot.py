@@ -132,8 +132,8 @@ def draw_sequence(folder, path, step=None, row=0):
     pieces = [visible(record["pieces"][row][i], 12).strip() for i in at]
     ax.set_xticks(range(len(at)), pieces, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    ax.set_title(f"{Path(folder).name}, step {step}, row {row}: every tensor of each response token\n"
-                 "(colours: each line by its own scale)", fontsize=10)
+    ax.set_title(f"{Path(folder).name}, step {step}, row {row}: every tensor of each response "
+                 "token\n(colours: each line by its own scale)", fontsize=10)
     save(fig, path)
 
 

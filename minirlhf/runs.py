@@ -185,7 +185,8 @@ class Run:
         settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
         (self.folder / "config.json").write_text(settings)
         if not self.cfg.resume:
-            for name in ("ckpt.pt", "metrics.jsonl", "samples.txt"):  # no more than a run's files
+            for name in ("ckpt.pt", "metrics.jsonl", "samples.txt", "curves.png",
+                         "microscope.html"):  # no more than a run's own files
                 (self.folder / name).unlink(missing_ok=True)
             for path in (self.folder / "ledger").glob("step_*"):
                 path.unlink()

@@ -1,0 +1,166 @@
+"""The ledger: what it records is what the run used, and recording changes nothing."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from tiny_road import without_clock
+
+import sample
+from conftest import close
+from minirlhf import ledger, plot
+from minirlhf.config import UserError
+from minirlhf.rl import gae
+from minirlhf.runs import load_checkpoint
+
+STAGES = ["sft", "rm", "dpo", "ppo"]
+
+
+def recorded(stage, road, out, **options):
+    """Run a stage with a record of every step; (history, {step: record})."""
+    history = road.run(stage, out, **{"ledger_every": 1, "eval_every": 1, "dtype": "float32",
+                                      "micro_batch_size": 3, **options})
+    return history, {step: ledger.load(out, step) for step in ledger.recorded_steps(out)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_means_made_from_the_rows_sums_are_the_logged_ones(stage, road, tmp_path, double):
+    history, records = recorded(stage, road, tmp_path)
+    assert len(history) == len(records) > 1
+    for row in history:
+        record = records[row["step"]]
+        means, batch = ledger.batch_means(record), record["batch"]
+        if stage == "ppo":
+            expected = {"kl": means["kl/sequence"], "reward": means["rewards/sequence"],
+                        "score": means["scores"], "length": means["num_tokens"],
+                        "ended": means["ended"], "entropy": means["entropy/token"]}
+        elif stage == "sft":
+            expected = {"loss": means["token_losses/token"]}
+        elif stage == "rm":  # each prompt's loss stands beside each of its answers
+            _, first = np.unique(batch["example"], return_index=True)
+            expected = {"loss": batch["losses"][first].mean()}
+        else:
+            chosen, rejected = (batch["implicit_rewards"][np.lexsort((batch["example"],
+                                                                      batch["rank"]))]
+                                .reshape(2, -1))
+            expected = {"loss": np.log1p(np.exp(rejected - chosen)).mean()}
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-6), (stage, row["step"], key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recording_changes_no_number_of_the_run(stage, road, tmp_path):
+    histories = []
+    for every in (0, 1):
+        histories.append(without_clock(road.run(stage, tmp_path / str(every), ledger_every=every,
+                                                eval_every=1)))
+    assert histories[0] == histories[1]
+    with_, without = (load_checkpoint(tmp_path / name)["model"] for name in "10")
+    assert all(torch.equal(with_[name], without[name]) for name in without)
+    assert not (tmp_path / "0" / "ledger").exists()
+
+
+def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):
+    _, records = recorded("ppo", road, tmp_path)
+    rows = {name: torch.from_numpy(value) for name, value in records[2]["rows"].items()}
+    mask = rows["response_mask"]
+    advantages, returns = gae(rows["rewards"], rows["values"], mask, 1.0, 0.95)
+    close(rows["advantages"], advantages, rtol=1e-5, atol=1e-7)
+    close(rows["returns"], returns, rtol=1e-5, atol=1e-7)
+    close(rows["ratio"], (rows["new_logprobs"] - rows["logprobs"]).exp(), rtol=1e-5)
+    assert (rows["new_logprobs"] != rows["logprobs"])[mask].any()  # after the update, not before
+    assert rows["tokens"].shape == (4, mask.shape[1] + 1)
+    for name, value in rows.items():
+        if value.dim() == 2 and name not in ("tokens", "ratio"):
+            assert (value[~mask] == 0).all(), name
+    for pieces, tokens, length in zip(records[2]["pieces"], rows["tokens"], rows["lengths"]):
+        assert pieces == [road.tokenizer.decode([idx]) for idx in tokens[:length].tolist()]
+
+
+def test_the_first_and_each_nth_step_are_recorded(road, tmp_path):
+    road.run("ppo", tmp_path, num_steps=5, ledger_every=2)
+    assert ledger.recorded_steps(tmp_path) == [1, 2, 4]
+
+
+def test_an_overwritten_run_leaves_no_old_steps(road, tmp_path):
+    road.run("ppo", tmp_path, num_steps=3, ledger_every=1)
+    road.run("ppo", tmp_path, num_steps=2, ledger_every=2, overwrite=True)
+    assert ledger.recorded_steps(tmp_path) == [1, 2]
+
+
+def test_the_terminal_shows_a_line_a_token_within_110_columns(road, tmp_path, capsys):
+    _, records = recorded("ppo", road, tmp_path)
+    capsys.readouterr()
+    ledger.main([str(tmp_path), "--step", "2", "--row", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    pieces, rows = records[2]["pieces"][3], records[2]["rows"]
+    assert max(map(len, lines)) <= 110
+    for word in ("logprob", "ref", "kl", "reward", "value", "advant.", "whitened", "return",
+                 "ratio", "clip"):
+        assert word in lines[2].split()
+    shown = [line for line in lines if re.match(r" +\d+ ", line)]
+    assert len(shown) == len(pieces)
+    assert [("response" in line) for line in shown[1:]] == (
+        rows["response_mask"][3][: len(pieces) - 1].tolist())
+    last = shown[-1].split()
+    assert last[-1] in ("yes", "no")
+    numbers = [float(word) for word in last[3:-1]]
+    for value, name in zip(numbers, ("logprobs", "ref_logprobs", "kl", "rewards", "values",
+                                     "advantages", "whitened_advantages", "returns", "ratio")):
+        assert value == pytest.approx(rows[name][3][len(pieces) - 2], abs=5.1e-4), name
+    (total,) = [line.split() for line in lines if line.startswith("sum ")]
+    assert float(total[6]) == pytest.approx(rows["rewards"][3].sum(), abs=5.1e-4)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_compared_answers_stand_side_by_side(stage, road, tmp_path, capsys):
+    _, records = recorded(stage, road, tmp_path)
+    ledger.main([str(tmp_path), "--step", "1", "--row", "1"])
+    out = capsys.readouterr().out
+    rows, pieces = records[1]["rows"], records[1]["pieces"]
+    best, worst = (ledger.find_row(records[1], 1, worst) for worst in (False, True))
+    assert rows["rank"][best] < rows["rank"][worst] and f"rank {rows['rank'][worst]}" in out
+    for row in (best, worst):
+        start = rows["response_mask"][row].argmax() + 1
+        for piece in pieces[row][start:]:
+            assert ledger.visible(piece, 14).strip() in out
+    assert ("score" if stage == "rm" else "log-ratio") in out
+
+
+def test_control_characters_and_escape_codes_are_shown_not_obeyed():
+    assert ledger.visible("\x1b[31m a\nb", 20).rstrip() == "\\x1b[31m·a\\nb"
+    assert len(ledger.visible("x" * 50, 12)) == 12
+
+
+def test_mistakes_end_with_one_line(road, tmp_path, capsys):
+    recorded("ppo", road, tmp_path)
+    for options, says in ((["--step", "77"], "it holds 1, 2"), (["--row", "9"], "rows 0 to 3")):
+        with pytest.raises(SystemExit) as stop:
+            ledger.main([str(tmp_path), *options])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds no ledger"):
+        ledger.load(road.folder, 1)
+
+
+def test_colour_only_where_the_terminal_has_it(road, tmp_path):
+    recorded("ppo", road, tmp_path)
+    assert "\033[" not in ledger.show(tmp_path)
+    coloured = ledger.show(tmp_path, colour=True)
+    assert re.sub(r"\033\[\d+m", "", coloured) == ledger.show(tmp_path) != coloured
+
+
+def test_samples_have_a_ledger_too(road, tmp_path):
+    cfg = sample.Config(model=str(road.folder / "sft"), prompt="cow?", num_samples=3,
+                        ledger=str(tmp_path), max_new_tokens=8, dtype="float32")
+    sample.main(cfg)
+    record = ledger.load(tmp_path, 1)
+    assert record["batch_size"] == 3 and (record["rows"]["logprobs"] <= 0).all()
+    assert (record["batch"]["entropy"] > 0).all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_heat_map_of_one_sequence(stage, road, tmp_path):
+    recorded(stage, road, tmp_path)
+    plot.main([str(tmp_path), "--row", "1", "--step", "1", "--save", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
