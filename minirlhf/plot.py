@@ -72,7 +72,6 @@ def draw(ax, rows, key, label, colour, x="step"):
 def save(fig, path):
     fig.tight_layout()
     fig.savefig(path, dpi=110)
-    plt.close(fig)
     print(f"drawn: {path}")
 
 
@@ -84,7 +83,8 @@ def draw_runs(folders, path):
         raise UserError(f"{', '.join(runs)}: none of {', '.join(PANELS)} was logged")
     columns = min(3, len(keys))
     lines = -(-len(keys) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)
+    fig = Figure(figsize=(4.2 * columns, 3 * lines))
+    axes = fig.subplots(lines, columns, squeeze=False)
     for ax, key in zip(axes.flat, keys):
         for i, (name, rows) in enumerate(runs.items()):
             if key in rows[-1]:
@@ -124,7 +124,8 @@ def draw_sequence(folder, path, step=None, row=0):
     shift = np.array([[1.0 if name == "ratio" else 0.0] for name in names])
     scale = np.abs(values - shift).max(axis=1, keepdims=True).clip(min=1e-9)  # of each tensor
     shade = (values - shift) / scale
-    fig, ax = plt.subplots(figsize=(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names)))
+    fig = Figure(figsize=(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names)))
+    ax = fig.subplots()
     ax.imshow(shade, cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
     for y, x in np.ndindex(values.shape):
         ax.text(x, y, f"{round(values[y, x], 2) + 0:.2f}", ha="center", va="center", fontsize=7,
@@ -139,7 +140,8 @@ def draw_sequence(folder, path, step=None, row=0):
 
 def draw_road(out, path, ceiling=None):
     """The learning curves of all five stages of one road, each with what it should reach."""
-    fig, axes = plt.subplots(2, 3, figsize=(13, 7))
+    fig = Figure(figsize=(13, 7))
+    axes = fig.subplots(2, 3)
     panels = [
         (axes[0, 0], "pretrain", "val_loss", "Pretraining: the text becomes predictable",
          "held-out loss (nats per token)"),
@@ -171,7 +173,8 @@ def draw_road(out, path, ceiling=None):
 def draw_gold_by_stage(players, path, best=1.5):
     """Bars: the mean gold score of every player. players: {name: one value per seed}."""
     names = list(players)
-    fig, ax = plt.subplots(figsize=(9, 4.2))
+    fig = Figure(figsize=(9, 4.2))
+    ax = fig.subplots()
     means = [sum(players[name]) / len(players[name]) for name in names]
     ax.bar(names, means, color=COLOURS[0], width=0.6)
     for x, name in enumerate(names):
@@ -182,7 +185,7 @@ def draw_gold_by_stage(players, path, best=1.5):
     ax.annotate("perfect", (-0.4, best), textcoords="offset points", xytext=(0, 4), color="grey")
     ax.set(title="Gold score on held-out prompts, stage by stage (dots: seeds)",
            ylabel="gold score", ylim=(min(0, *means) - 0.1, best + 0.2))
-    plt.setp(ax.get_xticklabels(), rotation=20, ha="right")
+    ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
     save(fig, path)
 
 
