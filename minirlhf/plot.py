@@ -10,15 +10,11 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.figure import Figure  # not pyplot: files need no display, and notebooks keep theirs
 
-matplotlib.use("Agg")  # draw into files; no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from minirlhf.config import UserError  # noqa: E402
-from minirlhf.ledger import COLUMNS, find_row, load, recorded_steps, visible  # noqa: E402
+from minirlhf.config import UserError
+from minirlhf.ledger import COLUMNS, find_row, load, recorded_steps, visible
 
 # What is worth drawing, with its unit and what to look for; a run has some of these.
 PANELS = {
@@ -191,7 +187,8 @@ def draw_gold_by_stage(players, path, best=1.5):
 
 def draw_reward_against_kl(runs, path):
     """Reward and gold along each PPO run against the square root of its KL (arXiv 2210.10760)."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.2), squeeze=False)
+    fig = Figure(figsize=(6 * len(runs), 4.2))
+    axes = fig.subplots(1, len(runs), squeeze=False)
     for ax, (name, folder) in zip(axes.flat, runs.items()):
         rows = [{**row, "distance": max(row["kl"], 0) ** 0.5} for row in read_metrics(folder)]
         for key, label, colour in (("score", "reward model's score (normalised)", COLOURS[1]),
