@@ -193,11 +193,11 @@ def row_lines(record, row, colour=False):
         columns = [c for c in columns if c[1] not in ("new_values", "entropy")]
     mask = rows["response_mask"][row]  # (T-1,)
     clipped = rows["clipped"][row] if "clipped" in rows else None
-    lines = ["    t token        part    " + "".join(f"{heading:>9}" for heading, _ in columns)
-             + ("  clip" if clipped is not None else "")]
+    lines = ["   t token      part    " + "".join(f"{heading:>9}" for heading, _ in columns)
+             + (" clip" if clipped is not None else "")]
     for i, piece in enumerate(pieces):
         real = i > 0 and mask[i - 1]
-        line = f"{i:5d} {visible(piece, 12)} {'response' if real else 'prompt':8}"
+        line = f"{i:4d} {visible(piece, 10)} {'response' if real else 'prompt':8}"
         if not real:
             lines.append(paint(line.rstrip(), "2", colour))
             continue
@@ -207,9 +207,9 @@ def row_lines(record, row, colour=False):
             signed = name in ("advantages", "whitened_advantages", "log_ratios")
             line += paint(number(value), code, colour and signed)
         if clipped is not None:
-            line += paint("   yes", "1", colour) if clipped[i - 1] else "    no"
+            line += paint("  yes", "1", colour) if clipped[i - 1] else "   no"
         lines.append(line)
-    lines.append(f"{'sum':5} {'':12} {mask.sum():3d} tok." + "".join(
+    lines.append(f"{'sum':4} {'':10} {mask.sum():3d} tok." + "".join(
         number(rows[name][row][mask].sum()) if name in SUMMED else f"{'':9}"
         for _, name in columns))
     return [line.rstrip() for line in lines]
@@ -242,8 +242,8 @@ def show(folder, step=None, row=0, colour=False):
         lines += ([facts] if facts else []) + row_lines(record, chosen[0], colour)
     means = [f"{name.replace('/', ' per ')} {value:.4g}" for name, value in
              batch_means(record).items() if name.split("/")[0] in SUMMED | {"scores", "losses"}]
-    lines += ["", "means over the batch:"] + ["  " + ", ".join(means[i : i + 4])
-                                              for i in range(0, len(means), 4)]
+    lines += ["", "means over the batch:"] + ["  " + ", ".join(means[i : i + 3])
+                                              for i in range(0, len(means), 3)]
     return "\n".join(lines)
 
 
