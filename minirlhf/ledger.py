@@ -35,7 +35,7 @@ from minirlhf.runs import write_atomically
 COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("reward", "rewards"),
            ("value", "values"), ("advant.", "advantages"), ("whitened", "whitened_advantages"),
            ("return", "returns"), ("ratio", "ratio"), ("new val", "new_values"),
-           ("loss", "token_losses"), ("log-ratio", "log_ratios"), ("score", "raw_scores"),
+           ("loss", "token_losses"), ("logratio", "log_ratios"), ("score", "raw_scores"),
            ("entropy", "entropy")]
 SUMMED = {"logprobs", "ref_logprobs", "kl", "rewards", "token_losses", "log_ratios"}
 

@@ -125,7 +125,7 @@ def test_compared_answers_stand_side_by_side(stage, road, tmp_path, capsys):
         start = rows["response_mask"][row].argmax() + 1
         for piece in pieces[row][start:]:
             assert ledger.visible(piece, 14).strip() in out
-    assert ("score" if stage == "rm" else "log-ratio") in out
+    assert ("score" if stage == "rm" else "logratio") in out
 
 
 def test_control_characters_and_escape_codes_are_shown_not_obeyed():
