@@ -14,7 +14,7 @@ import torch
 
 from minirlhf.batches import encode_prompts
 from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_prompts, write_jsonl
+from minirlhf.formats import read_prompts, spread_meta, write_jsonl
 from minirlhf.generate import sample_prompts
 from minirlhf.runs import load_model, pick_device, pick_dtype
 
@@ -107,7 +107,7 @@ def main(cfg):
     if cfg.prompt:
         print("\n".join(sample["text"] for sample in rows[0]["samples"]))
         return
-    write_jsonl(cfg.save, [{**row.pop("meta", {}), **row} for row in rows])
+    write_jsonl(cfg.save, [spread_meta(row) for row in rows])
     ended = [sample["ended"] for row in rows for sample in row["samples"]]
     print(f"{cfg.save}: {len(ended):,} samples of {len(rows):,} prompts, "
           f"{100 * sum(ended) / len(ended):.1f}% ended")
