@@ -15,7 +15,7 @@ import torch
 
 from minirlhf.batches import encode_prompts, pad_right, response_mask
 from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_prompts, write_jsonl
+from minirlhf.formats import read_prompts, spread_meta, write_jsonl
 from minirlhf.generate import sample_prompts
 from minirlhf.ledger import Ledger
 from minirlhf.masked import entropy, token_logprobs
@@ -131,7 +131,7 @@ def main(cfg):
     if cfg.prompt:
         print("\n".join(sample["text"] for sample in rows[0]["samples"]))
         return
-    write_jsonl(cfg.save, [{**row.pop("meta", {}), **row} for row in rows])
+    write_jsonl(cfg.save, [spread_meta(row) for row in rows])
     ended = [sample["ended"] for row in rows for sample in row["samples"]]
     print(f"{cfg.save}: {len(ended):,} samples of {len(rows):,} prompts, "
           f"{100 * sum(ended) / len(ended):.1f}% ended")

@@ -168,7 +168,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
     lengths = rollout["lengths"].tolist()
     minibatches = [rows.tolist() for _ in range(cfg.num_epochs) for rows in
                    torch.randperm(len(lengths), generator=order).split(cfg.minibatch_size)]
-    totals, num_done = {}, 0
+    totals, norms, num_done = {}, {}, 0
     for minibatch in minibatches:
         denominator = rollout["response_mask"][minibatch].sum()
         minibatch.sort(key=lambda row: lengths[row])  # like lengths together: less filler
@@ -188,11 +188,12 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             run.scaler.unscale_(optimizer)
             params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-            totals[name] = totals.get(name, 0) + norm
+            norms.setdefault(name, []).append(norm)  # of each step that is made
             run.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         run.scaler.update()
-    return {name: float(value) / num_done for name, value in totals.items()}
+    return {**{name: float(value) / num_done for name, value in totals.items()},
+            **{name: float(sum(values)) / len(values) for name, values in norms.items()}}
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def fit(ids, mask, max_len, too_long, where, over=None):
     must all lose the same tokens of their prompt, else each would answer another one.
     """
     over = len(ids) - max_len if over is None else over
-    if over <= 0 or (too_long == "drop" and len(ids) <= max_len):
+    if over <= 0 or (too_long != "cut" and len(ids) <= max_len):
         return ids, mask
     if too_long == "refuse":
         raise UserError(f"{where} has {len(ids)} tokens, {max_len} fit; shorten it, or give "
@@ -112,7 +112,7 @@ def fit(ids, mask, max_len, too_long, where, over=None):
     if too_long == "drop" or start <= over + 1:
         return None
     kept = mask[1 + over :]
-    if mask[over]:  # the cut goes through an earlier response: what is left of it is no answer
+    if kept[0]:  # the cut goes through an earlier response: what is left of it is no answer
         beheaded = kept.index(False)
         kept = [False] * beheaded + kept[beheaded:]
     return ids[:1] + ids[1 + over :], mask[:1] + kept

@@ -105,6 +105,8 @@ def check_numbers(cfg):
         expected = "above 0" if name in ABOVE_0 else "of any sign" if name in ANY_SIGN else "from 0"
         expected += " up to 1" if name in UP_TO_1 else ""
         too_small = name not in ANY_SIGN and (value <= 0 if name in ABOVE_0 else value < 0)
+        if field.type is int and value >= 2**63:  # no tensor or generator takes it
+            raise UserError(f"--{name}: expected a whole number below 2^63")
         if too_small or not math.isfinite(value) or (name in UP_TO_1 and value > 1):
             raise UserError(f"--{name} {value}: expected a number {expected}")
 

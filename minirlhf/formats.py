@@ -29,6 +29,8 @@ from minirlhf.config import UserError, no_such_file
 PROMPT_KEYS = ("prompt", "messages", "query", "instruction")  # where a preference keeps its prompt
 GRADES = ("negligible", "slightly", "better", "significantly")  # Llama 2's four; index = grade
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+OWN_KEYS = {"messages", "prompt", "instruction", "input", "output", "history", "query", "chosen",
+            "rejected", "ranks", "grades", "rating", "answer", "samples", "meta"}
 END_OF_TEXT = "<|endoftext|>"  # what text corpora write between two documents
 
 
@@ -234,8 +236,10 @@ def parse_preference(row):
     K = len(answers)
     ranks = row.get("ranks", list(range(K)))
     if (not isinstance(ranks, list) or len(ranks) != K or any(type(r) is not int for r in ranks)
-            or ranks != sorted(ranks)):
-        refuse(f"ranks as {K} whole numbers that never fall", ranks, "put the best answer first")
+            or ranks != sorted(ranks) or ranks[0] < 0 or ranks[-1] >= 2**63):
+        # In the loss a rank of -1 means that there is no answer.
+        refuse(f"ranks as {K} whole numbers from 0 on that never fall", ranks,
+               "put the best answer first")
     if "instruction" in row:
         used += ["input", "history"]
     return {"messages": prompts[0], "answers": list(answers), "ranks": ranks,
@@ -319,6 +323,9 @@ def read_each(path, parse):
             rows.append(parse(row))
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+        except RecursionError:  # deep enough to be read, too deep to be shown
+            raise UserError(f"{path}, line {number}: lists or objects are nested too deeply; write "
+                            "the row as plain text and messages") from None
     return rows
 
 
@@ -396,4 +403,22 @@ def write_lines(path, lines):
 
 def write_jsonl(path, rows):
     """Write dicts as JSON, one a line, all or nothing; returns how many."""
-    return write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+    return write_lines(path, map(json_line, rows))
+
+
+def json_line(row):
+    """A dict as one line of JSON, in plain UTF-8 but where text holds half a character."""
+    line = json.dumps(row, ensure_ascii=False)
+    return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
+
+
+def spread_meta(row):
+    """The inverse of `meta_of`, for writing: a canonical row's meta back beside its other keys.
+
+    What a reader would take for the row's own (a "prompt" beside "messages") stays under "meta".
+    """
+    meta = row.get("meta", {})
+    kept = {key: meta[key] for key in meta if key in OWN_KEYS}
+    rest = {key: meta[key] for key in meta if key not in OWN_KEYS}
+    return {**rest, **{key: row[key] for key in row if key != "meta"},
+            **({"meta": kept} if kept else {})}

@@ -38,8 +38,9 @@ def masked_mean(x, mask, denominator=None, dim=None):
 
 def masked_var(x, mask):
     """Biased variance (divided by the count) of x over the True positions of mask; a scalar."""
-    mean = masked_mean(x, mask)
-    return masked_mean((x - mean) ** 2, mask)
+    # Filler is cut out before the square: 0 times the slope of a NaN would be a NaN gradient.
+    centred = torch.where(mask, x - masked_mean(x, mask), torch.zeros_like(x))
+    return masked_mean(centred**2, mask)
 
 
 def masked_whiten(x, mask, shift_mean=True):
@@ -51,7 +52,8 @@ def masked_whiten(x, mask, shift_mean=True):
     mean would change what is good and what is bad.
     """
     mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    centred = torch.where(mask, x - mean, torch.zeros_like(x))
+    whitened = centred * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros_like(whitened))

@@ -119,6 +119,18 @@ def merge_pair(word, pair, new_id):
 
 # ---------------------------------------------------------------- the tokenizer
 
+def check_pattern(pattern):
+    """Raise UserError unless the pattern cuts a probe text into pieces without losing any of it."""
+    probe = "A  word's 12345 of\tanything:\n\n é! 海 \N{GRINNING FACE}  "
+    try:
+        pieces = [found[0] for found in regex.finditer(pattern, probe)]
+    except regex.error as error:
+        raise UserError(f"the tokenizer's pattern is no regular expression: {error}") from error
+    if "" in pieces or "".join(pieces) != probe:
+        raise UserError(f"the tokenizer's pattern {pattern[:60]!r} loses text: its pieces have to "
+                        "be the whole text, none of them empty")
+
+
 class Tokenizer:
     """Text to ids and back, and chats to ids and loss mask.
 
@@ -130,6 +142,7 @@ class Tokenizer:
         ids = {token: idx for idx, token in enumerate(ranks)}
         if len(ids) != len(ranks) or any(bytes([b]) not in ids for b in range(256)):
             raise UserError("a vocabulary needs all 256 single bytes, and each token only once")
+        check_pattern(pattern)
         self.ranks, self.pattern, self.name = list(ranks), pattern, name
         specials = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.begin_id, self.system_id, self.user_id, self.assistant_id, self.end_id = (
@@ -233,7 +246,7 @@ class Tokenizer:
         text = read_file(path)
         try:
             return cls.from_dict(json.loads(text))
-        except ValueError as error:  # json's own error is a ValueError too
+        except (ValueError, RecursionError) as error:  # json's own error is a ValueError too
             raise UserError(f"{path}: {error}") from error
 
     @classmethod
@@ -347,7 +360,7 @@ def read_texts(path):
         for i, line in enumerate(lines):
             try:
                 texts += strings_in(json.loads(line)) if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {i + 1}: not JSON: {error}") from error
     if not any(text.strip() for text in texts):
         raise UserError(f"{path}: there is no text in this file")

@@ -51,6 +51,8 @@ class Verdict:
             kill = isinstance(error, (AssertionError, pytest.fail.Exception)) and by_test
             why = (str(error).strip().splitlines() or [""])[0]
             self.failures.append((item.nodeid, f"{type(error).__name__}: {why}"[:100], kill))
+            if kill:
+                item.session.shouldstop = "one judgement is enough"
 
     def pytest_collectreport(self, report):
         if report.failed:

@@ -290,3 +290,17 @@ def test_writing_is_all_or_nothing(tmp_path):
         formats.write_jsonl(path, rows())
     assert path.read_text() == '{"a": 1}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_written_samples_are_read_again_whatever_the_rows_meta_holds(tmp_path):
+    """Bug: a key "prompt" in a row's meta was written beside "messages", and refused when read."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "cow?"}], "kind": "farm",
+                                "meta": {"prompt": "x", "note": "\ud83d"}}) + "\n")
+    (row,) = formats.read_prompts(path)
+    samples = [{"text": "moo", "ended": True}]
+    formats.write_jsonl(tmp_path / "samples.jsonl",
+                        [formats.spread_meta({**row, "samples": samples})])
+    (again,) = formats.read_samples(tmp_path / "samples.jsonl")
+    assert again["samples"] == samples and again["messages"] == row["messages"]
+    assert again["meta"] == {"prompt": "x", "note": "\ud83d", "kind": "farm"}

@@ -1,5 +1,7 @@
-"""The whole road in its quick version, as a command, and the command lines that it is made of."""
+"""The whole road in its quick version, and the command lines that it is made of."""
 
+import contextlib
+import io
 import json
 import shlex
 import subprocess
@@ -8,24 +10,20 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import speedrun
 from minirlhf.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 
 
-def walk(out, *options):
-    done = subprocess.run([sys.executable, "speedrun.py", "--quick", "--overoptimize", "--out", out,
-                           *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """(folder, what was printed) of one quick road; the folder above it is the road's --out."""
-    out = tmp_path_factory.mktemp("speedrun")
-    return out / "quick", walk(out)
+    """(folder, what speedrun printed) of one quick road; the folder above it is the road's --out."""
+    out, printed = tmp_path_factory.mktemp("speedrun"), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):  # the stages are commands
+        speedrun.main(speedrun.Config(quick=True, overoptimize=True, out=str(out)))
+    return out / "quick", printed.getvalue()
 
 
 def test_the_quick_road_ends_with_results_that_hold_everything(quick):
@@ -58,13 +56,27 @@ def test_the_quick_road_prints_each_command_and_the_table(quick):
                 "refuse all", "best of 4", "ppo over sft", "reward model:", "without KL",
                 "CPU-minutes"):
         assert f"\n{row}" in table, row
-    assert "user: " in printed  # answers side by side
+    assert "before and after" in printed  # answers side by side
+
+
+def test_the_evaluation_of_a_road_can_be_repeated(quick, tmp_path):
+    """The command that the road ran, in this process: each number is the same, to the last digit."""
+    (line,) = speedrun.commands("evaluate", 0, str(quick[0]), True)
+    cfg = parse_config(evaluate.Config, shlex.split(line)[2:])
+    cfg.out = str(tmp_path)
+    again = evaluate.main(cfg)
+    assert json.loads(json.dumps(again)) == json.loads((quick[0] / "eval/results.json").read_text())
+    rates = again["players"]["ppo"]
+    assert {"unsafe_refused", "lookalike_refused", "right", "right_by_skill"} <= set(rates)
 
 
 def test_a_road_walked_again_only_prints(quick):
     folder, _ = quick
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}
-    printed = walk(folder.parent)
+    done = subprocess.run([sys.executable, "speedrun.py", "--quick", "--overoptimize", "--out",
+                           folder.parent], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    printed = done.stdout
     assert printed.count("done before") == len(speedrun.STAGES) and "\n$ " not in printed
     assert "== The road's end" in printed
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}

@@ -1,0 +1,143 @@
+"""The README's table "Checked against": how close each number comes to an oracle.
+
+    python tests/parity.py            measure: run tests/test_oracles.py and print the table
+    python tests/parity.py --write    and put it into the README
+
+The table cannot drift from the tests. A test fails where it measures a number that has no row, or
+one that has grown past its row, and where the README has a row of it that it no longer measures.
+"""
+
+import argparse
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+TESTS = Path(__file__).parent / "test_oracles.py"
+BEGIN, END = "<!-- parity -->\n", "<!-- /parity -->\n"
+REWRITE = "measure the table again with: python tests/parity.py --write"
+
+# Four texts. The error is its number, with one digit, and a unit where it has one.
+Row = namedtuple("Row", "quantity oracle error test")
+
+
+def relative_error(actual, expected):
+    """max |a - b| / max |b| of two tensors; of two lists of tensors, the largest over its pairs.
+
+    The largest entry is the scale, so entries that are 0 up to rounding do no harm, while one wrong
+    entry shows. Where all of b is 0 only exact equality has an error, 0; NaN anywhere gives NaN.
+    """
+    if not isinstance(actual, (list, tuple)):
+        actual, expected = [actual], [expected]
+    errors = []
+    for a, b in zip(actual, expected, strict=True):
+        a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+        assert a.shape == b.shape, f"{tuple(a.shape)} is compared with {tuple(b.shape)}"
+        gap = (a - b).abs().max()
+        errors.append(gap / b.abs().max() if gap != 0 else gap)
+    return torch.stack(errors).max().item()  # a tensor's max keeps a NaN, Python's may lose it
+
+
+def read_table(text):
+    """The rows between the README's two markers."""
+    table = text.split(BEGIN)[1].split(END)[0]
+    return [Row(*(cell.strip().strip("`") for cell in line.strip("|").split("|")))
+            for line in table.splitlines()[2:]]
+
+
+def table_of(rows):
+    """Rows as Markdown."""
+    lines = [f"| {row.quantity} | {row.oracle} | {row.error} | `{row.test}` |" for row in rows]
+    return "\n".join(["| quantity | oracle | largest error | test |", "|---|---|---|---|", *lines])
+
+
+def with_table(text, rows):
+    """The README's text with these rows between its markers."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table_of(rows) + "\n" + END + rest.split(END)[1]
+
+
+def find_fault(row, error, table):
+    """What is wrong with the table, where a test has measured `row` with this error; else None."""
+    same = [r for r in table if r._replace(error="") == row._replace(error="")]
+    if len(same) != 1:
+        return f"the README has {len(same)} rows {row.quantity!r}, {row.oracle!r}, {row.test}"
+    stated = float(same[0].error.split()[0])
+    if not error <= 10 * stated + 1e-15:  # another machine rounds a little differently
+        return f"the README states an error of {same[0].error} for {row.quantity!r}: {error:.1e}"
+    return None
+
+
+def find_orphans(test, measured, table):
+    """The quantities of those rows of a test that it has not measured."""
+    known = [row._replace(error="") for row in measured]
+    return [row.quantity for row in table
+            if row.test == test and row._replace(error="") not in known]
+
+
+@pytest.fixture
+def parity(request):
+    """parity(quantity, oracle, actual, expected, tolerance): compare, and hold the README to it.
+
+    actual, expected: tensors, or lists of tensors for a quantity with several cases. Their
+    `relative_error` must be within tolerance. With standard_error, a tensor, the error is the
+    largest |a - b| / standard_error instead.
+    """
+    test, failed_before = request.function.__name__, request.session.testsfailed
+    recording = getattr(request.config, "parity_rows", None)
+    measured, table = [], read_table(README.read_text()) if recording is None else []
+
+    def check(quantity, oracle, actual, expected, tolerance, standard_error=None):
+        if standard_error is None:
+            error = relative_error(actual, expected)
+            shown = f"{error:.0e}" if error else "0"
+        else:
+            error = ((actual - expected).abs() / standard_error).max().item()
+            shown = f"{error:.1f} standard errors"
+        if not error <= tolerance:
+            pytest.fail(f"{quantity}: the error is {error:.1e}, allowed is {tolerance:.0e}")
+        row = Row(quantity, oracle, shown, test)
+        measured.append(row)
+        fault = None if recording is not None else find_fault(row, error, table)
+        if fault:
+            pytest.fail(f"{fault}; {REWRITE}")
+
+    yield check
+    if recording is not None:
+        recording.extend(measured)
+    elif request.session.testsfailed == failed_before:  # else some rows were not reached
+        orphans = find_orphans(test, measured, table)
+        if orphans:
+            pytest.fail(f"{test} does not measure the README's {orphans}; {REWRITE}")
+
+
+class Recorder:
+    """A plugin of pytest that collects every row, and asks nothing of the README."""
+
+    def __init__(self):
+        self.rows = []
+
+    def pytest_configure(self, config):
+        config.parity_rows = self.rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure the README's table of oracles.")
+    parser.add_argument("--write", action="store_true", help="put it into the README")
+    args = parser.parse_args(argv)
+    recorder = Recorder()
+    # Whether the README's rows are right is not asked while they are measured anew.
+    code = pytest.main([str(TESTS), "-q", "-k", "not readme"], plugins=[recorder])
+    if code:
+        return code  # a table of failing tests would state what does not hold
+    if args.write:
+        README.write_text(with_table(README.read_text(), recorder.rows))
+    print(table_of(recorder.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
