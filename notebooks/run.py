@@ -74,8 +74,16 @@ def execute(notebook):
             cell.outputs, cell.execution_count = [], None
     NotebookClient(notebook, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(HERE)}}).execute()
-    for cell in notebook.cells:
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         cell.metadata.pop("execution", None)  # clock times: they would differ on every run
+        cell.outputs, outputs = [], cell.get("outputs", [])
+        for output in outputs:  # a kernel cuts what is printed into chunks as it happens to
+            last = cell.outputs[-1] if cell.outputs else {}
+            if output.output_type == last.get("output_type") == "stream" and (
+                    output.name == last.name):
+                last.text += output.text
+            else:
+                cell.outputs.append(output)
 
 
 def main(argv=None):

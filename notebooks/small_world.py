@@ -1,4 +1,4 @@
-"""A corner of the toy world, and models of 110,000 parameters that learn it within seconds.
+"""A corner of the toy world, and models of 97,000 parameters that learn it within seconds.
 
 The notebooks train their models with this file, so that what they print never depends on what lies
 in `out/`. Only two skills are left of the world in `data/toy`: the sounds of animals, and deeds that
