@@ -153,8 +153,8 @@ def inspect(model, reference, pairs, cfg, run):
     log_ratios = logprobs[0] - logprobs[1]  # (2B, T-1)
     rewards = cfg.beta * sequence_logprobs(log_ratios, mask)  # (2B,)
     B, place = len(pairs), torch.arange(2 * len(pairs), device=run.device)
-    both = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    return {"tokens": tokens, "lengths": torch.tensor([len(ids) for ids, _ in both]),
+    lengths = [len(pair[side][0]) for side in ("chosen", "rejected") for pair in pairs]
+    return {"tokens": tokens, "lengths": torch.tensor(lengths),
             "response_mask": mask, "logprobs": logprobs[0], "ref_logprobs": logprobs[1],
             "log_ratios": log_ratios, "implicit_rewards": rewards, "example": place % B,
             "rank": place // B}

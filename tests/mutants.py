@@ -1,7 +1,7 @@
 """Plant every known bug on purpose, and show that the test named after it fails.
 
     python tests/mutants.py                 (all of them)
-    python tests/mutants.py --quick         (one for each check, as CI does)
+    python tests/mutants.py --quick         (twenty of them, from all over the list, as CI does)
     python tests/mutants.py --only 15       (those of check 15, or whose story has the word)
 
 A test that passes says little until it has been seen to fail. `planted_bugs.py` lists the bugs: a
@@ -140,14 +140,14 @@ def select(bugs, quick, only):
     if only:
         return [bug for bug in bugs if bug.test.startswith(f"test_check_{only}_") or
                 bug.test == f"test_check_{only}" or only in bug.story]
-    if quick:  # the first of each test
-        return list({bug.test: bug for bug in reversed(bugs)}.values())[::-1]
+    if quick:
+        return bugs[:: max(1, len(bugs) // 20)]
     return bugs
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first bug of each check")
+    parser.add_argument("--quick", action="store_true", help="twenty bugs from all over the list")
     parser.add_argument("--only", default="", help="a check's number, or a word of the story")
     parser.add_argument("--bugs", default="", help="another list of bugs (a Python file)")
     args = parser.parse_args(argv)
