@@ -2278,8 +2278,9 @@ BUGS = [
         "test_check_31",
         "entropy averaged over the vocabulary"),
     Bug("train_ppo.py",
-        "float(value) / num_done for name",
-        "float(value) / num_done / cfg.num_epochs for name",
+        "return {**{name: float(value) / num_done for name, value in totals.items()},",
+        "return {**{name: float(value) / num_done / cfg.num_epochs for name, value in "
+        "totals.items()},",
         "test_check_31",
         "statistics divided by the epochs once more"),
     Bug("train_sft.py",

@@ -40,7 +40,7 @@ def plain_prompt(messages, few_shot=False):
 '''
 
 MODEL = dict(n_layer=2, n_head=2, n_embd=32, n_hidden=48, block_size=64)
-TRAINING = dict(num_epochs=1, batch_size=8, warmup=0, eval_every=2, save_every=100)
+TRAINING = dict(num_epochs=1, batch_size=8, warmup=0, eval_every=2, save_every=100, ledger_every=0)
 
 
 def polite(sound):
@@ -94,14 +94,14 @@ class Road:
         sft, rm = str(self.folder / "sft"), str(self.folder / "rm")
         options = {
             "pretrain": dict(text=str(self.text), tokenizer=str(self.folder / "tokenizer.json"),
-                             num_steps=3, **MODEL, **{**TRAINING, "num_epochs": None}),
+                             num_steps=3, **MODEL, **{**TRAINING, "num_epochs": None, "ledger_every": None}),
             "sft": dict(init=str(self.folder / "pretrain"), data=self.demonstrations, **TRAINING,
                         num_samples=1),
             "rm": dict(init=sft, data=self.preferences, max_new_tokens=12, num_normalize=16,
                        **TRAINING),
             "ppo": dict(init=sft, reward_model=rm, prompts=self.prompts, num_steps=2,
                         rollout_size=8, minibatch_size=4, micro_batch_size=2, max_new_tokens=10,
-                        eval_every=2, save_every=100),
+                        eval_every=2, save_every=100, ledger_every=0),
             "dpo": dict(init=sft, data=self.preferences, **TRAINING),
         }[stage]
         options = {name: value for name, value in options.items() if value is not None}
