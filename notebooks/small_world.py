@@ -35,8 +35,10 @@ import train_pretrain  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
 from minirlhf.formats import read_samples, write_jsonl  # noqa: E402
+from minirlhf.runs import Run  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
 
+Run.draw = lambda run: None  # the notebooks draw for themselves
 JUDGE = f"{ROOT / 'data' / 'toy' / 'judge.py'}:judge"
 MODEL = dict(n_layer=2, n_head=4, n_embd=64, n_hidden=128, block_size=64)
 SKILLS = {"sound": 60, "unsafe": 40}
