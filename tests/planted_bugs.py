@@ -2999,21 +2999,21 @@ BUGS = [
         "test_stop_kl",
         "the early stop skips a minibatch and goes on"),
 
-    # test_the_llama_flavour_equals_hugging_face
+    # test_llama_logits_equal_transformers
     Bug("minirlhf/model.py",
         "k = k.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=1)",
         "k = k.repeat(1, cfg.n_head // cfg.n_kv_head, 1, 1)",
-        "test_the_llama_flavour_equals_hugging_face",
+        "test_llama_logits_equal_transformers",
         "query heads take turns at the keys instead of sharing them in groups"),
     Bug("minirlhf/model.py",
         "h = F.silu(self.gate(x)) * self.up(x)",
         "h = self.gate(x) * F.silu(self.up(x))",
-        "test_the_llama_flavour_equals_hugging_face",
+        "test_llama_logits_equal_transformers",
         "SwiGLU gates with the wrong half"),
     Bug("minirlhf/model.py",
         "q, k = apply_rope(q, *rope), apply_rope(k, *rope)",
         "q, k, v = apply_rope(q, *rope), apply_rope(k, *rope), apply_rope(v, *rope)",
-        "test_the_llama_flavour_equals_hugging_face",
+        "test_llama_logits_equal_transformers",
         "RoPE turns the values too"),
 
     # test_top_k_by_hand

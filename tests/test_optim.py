@@ -1,10 +1,9 @@
-"""Parameter groups, AdamW's first step by hand, and the learning-rate schedule."""
+"""Parameter groups and the learning-rate schedule."""
 
 import math
 
 import pytest
-import torch
-from conftest import close, tiny_config
+from conftest import tiny_config
 
 from minirlhf.model import GPT, ScalarModel
 from minirlhf.optim import lr_at, make_optimizer, set_lr
@@ -26,18 +25,6 @@ def test_frozen_parameters_are_left_out():
     groups = make_optimizer(model, 1e-3).param_groups
     assert [p is q for group, q in zip(groups, (model.head.weight, model.head.bias))
             for p in group["params"]] == [True, True]
-
-
-def test_adamws_first_step_by_hand():
-    layer = torch.nn.Linear(2, 1).double()
-    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    layer.weight.grad = torch.tensor([[3.0, -0.5]], dtype=torch.float64)
-    layer.bias.grad = torch.tensor([2.0], dtype=torch.float64)
-    make_optimizer(layer, lr=0.1, weight_decay=0.2, eps=1e-18).step()
-    # The bias-corrected moments of the first step are g and g^2, so the step is lr * g / |g|: its
-    # size forgets the gradient's. Decay is apart from it: the weight shrinks by lr * weight_decay.
-    close(layer.weight, weight * (1 - 0.1 * 0.2) - 0.1 * torch.tensor([[1.0, -1.0]]).double())
-    close(layer.bias, bias - 0.1)
 
 
 def test_set_lr_sets_it_in_every_group():

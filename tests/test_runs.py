@@ -114,11 +114,15 @@ def test_overwrite_starts_anew_and_touches_only_the_runs_files(road, tmp_path):
     first = logged(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "notes.txt").write_text("mine, too")
+    for stale in ("ledger/step_000099.json", "microscope.html"):  # of the run that was there
+        (tmp_path / stale).write_text("old")
     road.run("sft", tmp_path, overwrite=True)
     assert logged(tmp_path) == first  # not twice
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "ledger").is_dir()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.txt", "ckpt.pt", "notes.txt", "ledger"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+        "config.json", "metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png", "notes.txt",
+        "ledger/notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

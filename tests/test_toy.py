@@ -310,17 +310,6 @@ def test_the_judge_accepts_canonical_rows_and_refuses_others():
 
 
 # ---- The annotators ------------------------------------------------------------------------------
-def test_every_pair_of_a_ranking_is_bradley_terry():
-    golds, temperature, n, rng = [1.5, 1.0, 1.0, 0.0], 0.4, 20_000, random.Random(3)
-    wins = Counter()
-    for _ in range(n):
-        order, _ = annotate.rank(golds, temperature, rng)
-        wins.update((order[i], order[j]) for j in range(4) for i in range(j))
-    for i in range(4):
-        for j in range(i):
-            p = 1 / (1 + math.exp(-(golds[i] - golds[j]) / temperature))
-            assert math.isclose(annotate.win_probability(golds[i], golds[j], temperature), p)
-            assert abs(wins[i, j] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_grades_grow_with_the_felt_difference_and_fill_the_upper_triangle():
