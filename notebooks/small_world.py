@@ -9,10 +9,12 @@ annotators, and the `main` of the same scripts, with small numbers.
     small_world.train(folder, "sft")          trains the stage, and first those that it needs
 """
 
+import atexit
 import contextlib
 import io
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -60,8 +62,9 @@ OPTIONS = {
 
 
 def make(num_demonstrations=2000, num_prompts=300, num_held_out=120, seed=0):
-    """Write the small world's data files into a new temporary folder; returns the folder."""
+    """Write the small world's data files into a new folder, which goes when Python ends."""
     folder = Path(tempfile.mkdtemp(prefix="small_world_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     world.SKILL_WEIGHTS = SKILLS
     world.EARLIER_TURN_SHARE = 0.0  # one turn each: short sequences
     prepare.DOCUMENT_WEIGHTS = {"dialogue": 70, "exchange": 20, "facts": 10}
