@@ -2936,6 +2936,23 @@ BUGS = [
         "test_fused_attention_equals_the_written_out_one",
         "scores are scaled by the number of keys instead of the head's width"),
 
+    # test_llama_logits_equal_transformers
+    Bug("minirlhf/model.py",
+        "k = k.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=1)",
+        "k = k.repeat(1, cfg.n_head // cfg.n_kv_head, 1, 1)",
+        "test_llama_logits_equal_transformers",
+        "query heads take turns at the keys instead of sharing them in groups"),
+    Bug("minirlhf/model.py",
+        "h = F.silu(self.gate(x)) * self.up(x)",
+        "h = self.gate(x) * F.silu(self.up(x))",
+        "test_llama_logits_equal_transformers",
+        "SwiGLU gates with the wrong half"),
+    Bug("minirlhf/model.py",
+        "q, k = apply_rope(q, *rope), apply_rope(k, *rope)",
+        "q, k, v = apply_rope(q, *rope), apply_rope(k, *rope), apply_rope(v, *rope)",
+        "test_llama_logits_equal_transformers",
+        "RoPE turns the values too"),
+
     # test_mistakes_are_refused
     Bug("minirlhf/config.py",
         "allow_abbrev=False",
@@ -2998,23 +3015,6 @@ BUGS = [
         "continue  # the policy has moved",
         "test_stop_kl",
         "the early stop skips a minibatch and goes on"),
-
-    # test_llama_logits_equal_transformers
-    Bug("minirlhf/model.py",
-        "k = k.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=1)",
-        "k = k.repeat(1, cfg.n_head // cfg.n_kv_head, 1, 1)",
-        "test_llama_logits_equal_transformers",
-        "query heads take turns at the keys instead of sharing them in groups"),
-    Bug("minirlhf/model.py",
-        "h = F.silu(self.gate(x)) * self.up(x)",
-        "h = self.gate(x) * F.silu(self.up(x))",
-        "test_llama_logits_equal_transformers",
-        "SwiGLU gates with the wrong half"),
-    Bug("minirlhf/model.py",
-        "q, k = apply_rope(q, *rope), apply_rope(k, *rope)",
-        "q, k, v = apply_rope(q, *rope), apply_rope(k, *rope), apply_rope(v, *rope)",
-        "test_llama_logits_equal_transformers",
-        "RoPE turns the values too"),
 
     # test_top_k_by_hand
     Bug("minirlhf/generate.py",
