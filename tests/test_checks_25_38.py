@@ -1241,7 +1241,7 @@ def dpo_setting(road, tmp_path):
     run = begin("dpo", road, tmp_path)
     model = run.model("init")
     pairs = train_dpo.encode(train_dpo.read_preferences(run.cfg.data), run.tokenizer, 64,
-                             run.cfg)[:6]
+                             run.cfg)[:2]
     reference = frozen(run.model("init"))
     train_dpo.add_reference(reference, pairs, run.cfg, run)
 
