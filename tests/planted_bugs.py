@@ -1473,6 +1473,16 @@ BUGS = [
         'clip_grad_norm_(model.parameters(), float("inf"))',
         "test_check_21",
         "DPO logs the norm and clips nothing"),
+    Bug("train_ppo.py",
+        'if 0 < cfg.stop_kl < stats["approx_kl"]:',
+        'if 0 < cfg.stop_kl < totals["approx_kl"]:',
+        "test_check_21",
+        "the early stop compares the sum over the minibatches so far"),
+    Bug("train_ppo.py",
+        "{name: float(value) / num_done for",
+        "{name: float(value) / len(minibatches) for",
+        "test_check_21",
+        "after an early stop statistics are divided by all planned minibatches"),
 
     # test_check_22
     Bug("minirlhf/rl.py",
@@ -1955,8 +1965,8 @@ BUGS = [
         "test_check_27",
         "both of two identical answers are left out"),
     Bug("train_rm.py",
-        '"row": number, "prompt_len"',
-        '"row": len(examples), "prompt_len"',
+        '"row": number, "prompt_len": prompt_len})',
+        '"row": len(examples), "prompt_len": prompt_len})',
         "test_check_27",
         "after a row that was left out, each example points to its neighbour's prompt"),
     Bug("train_rm.py",
@@ -2379,8 +2389,8 @@ BUGS = [
         "test_check_32",
         "held-out dialogues are trained on"),
     Bug("train_sft.py",
-        "            part = batch[start : start + micro]\n",
-        "            part = batch[:micro]\n",
+        "part = batch[start : start + micro]",
+        "part = batch[:micro]",
         "test_check_32",
         "every micro-batch is the first one"),
     Bug("train_dpo.py",
@@ -2429,7 +2439,9 @@ BUGS = [
         'if too_long == "drop" or start <= over + 1:\n'
         "        return None",
         'if too_long == "drop":\n'
-        "        return None",
+        "        return None\n"
+        "    if start <= over + 1:\n"
+        "        return ids[:1] + ids[1 + over :], mask[:1] + mask[1 + over :]",
         "test_check_33",
         "the cut goes through the answer itself"),
     Bug("minirlhf/batches.py",
@@ -3029,6 +3041,13 @@ BUGS = [
         "outside = probs.cumsum(-1) >= top_p",
         "test_top_p_by_hand",
         "the token that fills the nucleus is left out of it"),
+
+    # test_what_an_update_without_steps
+    Bug("train_ppo.py",
+        '"new_values": torch.where(mask, new_values[:, :-1],',
+        '"new_values": torch.where(mask, new_values[:, 1:],',
+        "test_what_an_update_without_steps",
+        "the ledger's new values are one token late"),
 
     # test_write_atomically
     Bug("minirlhf/runs.py",

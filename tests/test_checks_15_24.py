@@ -606,6 +606,28 @@ def test_check_21_a_minibatch_past_stop_kl_makes_no_step_and_leaves_no_gradient(
     assert len(collect_and_update(1.01 * moved_by)[1]) == 4
 
 
+def test_check_21_the_early_stop_looks_at_each_minibatch_by_itself(road, tmp_path, monkeypatch):
+    """Bugs: a KL summed over the minibatches so far; means over those that were only planned."""
+    def collect_and_update(stop_kl):
+        rollout, actor, _, _, cfg, run = collect(road, tmp_path, minibatch_size=4, num_epochs=1,
+                                                 micro_batch_size=0, stop_kl=stop_kl)
+        seen, loss = [], train_ppo.minibatch_loss
+        with monkeypatch.context() as patched:
+            patched.setattr(train_ppo, "minibatch_loss",
+                            lambda *args: seen.append(loss(*args)) or seen[-1])
+            stats, _ = update(actor, optimizers_of(actor, 1e-3), rollout, cfg, run)
+        return stats, [part for _, part in seen]
+
+    _, parts = collect_and_update(0.0)  # never
+    kls = [part["approx_kl"].item() for part in parts]
+    assert len(kls) == 4 and sum(kls) > 1.1 * max(kls)
+    assert len(collect_and_update(1.01 * max(kls))[1]) == 4  # none of them is too far
+    stats, parts = collect_and_update(0.99 * kls[1])
+    assert len(parts) == 2
+    for name in ("policy_loss", "value_loss", "approx_kl"):
+        assert stats[name] == pytest.approx((parts[0][name] + parts[1][name]).item() / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_check_21_the_two_betas_are_two_numbers(stage, road, tmp_path):
     """Bug: one decay for both moments, or a pair that never reaches the optimizer."""

@@ -78,6 +78,15 @@ def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):
         assert pieces == [road.tokenizer.decode([idx]) for idx in tokens[:length].tolist()]
 
 
+def test_what_an_update_without_steps_leaves_is_what_was_there(road, tmp_path):
+    """Bug: what is recorded after the update stands a column beside what was recorded before."""
+    _, records = recorded("ppo", road, tmp_path, lr=0.0, critic_lr=0.0)
+    rows = {name: torch.from_numpy(value) for name, value in records[1]["rows"].items()}
+    for name in ("values", "logprobs"):
+        close(rows[f"new_{name}"], rows[name], rtol=1e-5, atol=1e-7)
+    assert not rows["clipped"].any() and (rows["values"] != 0).any()
+
+
 def test_the_first_and_each_nth_step_are_recorded(road, tmp_path):
     road.run("ppo", tmp_path, num_steps=5, ledger_every=2)
     assert ledger.recorded_steps(tmp_path) == [1, 2, 4]
