@@ -1465,3 +1465,25 @@ def test_check_38_each_step_has_its_own_learning_rate(stage, road, tmp_path, mon
     road.run(stage, tmp_path / "run", final_lr=0.1 if stage == "ppo" else 0.05, **options)
     assert len(rates) == len(steps) == len(expected)
     assert [rate for (_, rate), _ in rates] == pytest.approx(expected, rel=1e-9)
+
+
+# ---------------------------------------------------------------- found by an attack on the scripts
+
+def test_check_30_the_logged_beta_is_the_one_that_was_charged(road, tmp_path):
+    """Bug: the controller's next beta is logged beside the KL of the rollout before."""
+    first, second = road.run("ppo", tmp_path, num_steps=2, kl_target=0.001, dtype="float32")
+    assert first["beta"] == 0.1 != second["beta"]
+
+
+def test_check_32_each_pass_over_the_prompts_has_an_order_of_its_own(road, tmp_path, monkeypatch):
+    """Bug: one permutation for all passes, so that the same prompts always meet in a rollout."""
+    asked, collect_rollout = [], train_ppo.collect_rollout
+
+    def spy(actor, reference, reward_model, prompts, *rest):
+        asked.extend(map(tuple, prompts))
+        return collect_rollout(actor, reference, reward_model, prompts, *rest)
+
+    monkeypatch.setattr(train_ppo, "collect_rollout", spy)
+    road.run("ppo", tmp_path, num_steps=10, dtype="float32")  # 40 prompts, 8 at a time
+    first, second = asked[:40], asked[40:]
+    assert len(second) == 40 and sorted(first) == sorted(second) and first != second
