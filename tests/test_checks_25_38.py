@@ -1487,3 +1487,13 @@ def test_check_32_each_pass_over_the_prompts_has_an_order_of_its_own(road, tmp_p
     road.run("ppo", tmp_path, num_steps=10, dtype="float32")  # 40 prompts, 8 at a time
     first, second = asked[:40], asked[40:]
     assert len(second) == 40 and sorted(first) == sorted(second) and first != second
+
+
+def test_check_32_seed_and_step_decide_the_order_of_the_minibatches(road, tmp_path, monkeypatch):
+    """Bug: every seed, or every iteration, shuffles its responses alike."""
+    orders, update = [], train_ppo.ppo_update
+    monkeypatch.setattr(train_ppo, "ppo_update",
+                        lambda *args: orders.append(args[-1].initial_seed()) or update(*args))
+    for seed in (0, 1):
+        road.run("ppo", tmp_path / str(seed), seed=seed, dtype="float32")
+    assert len(orders) == len(set(orders)) == 4
