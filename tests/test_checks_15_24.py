@@ -615,15 +615,16 @@ def test_check_21_the_early_stop_looks_at_each_minibatch_by_itself(road, tmp_pat
         with monkeypatch.context() as patched:
             patched.setattr(train_ppo, "minibatch_loss",
                             lambda *args: seen.append(loss(*args)) or seen[-1])
-            stats, _ = update(actor, optimizers_of(actor, 1e-3), rollout, cfg, run)
-        return stats, [part for _, part in seen]
+            stats, steps = update(actor, optimizers_of(actor, 1e-3), rollout, cfg, run)
+        return stats, [part for _, part in seen], len(steps)
 
-    _, parts = collect_and_update(0.0)  # never
+    _, parts, num_steps = collect_and_update(0.0)  # never
     kls = [part["approx_kl"].item() for part in parts]
-    assert len(kls) == 4 and sum(kls) > 1.1 * max(kls)
-    assert len(collect_and_update(1.01 * max(kls))[1]) == 4  # none of them is too far
-    stats, parts = collect_and_update(0.99 * kls[1])
-    assert len(parts) == 2
+    assert len(kls) == 4 and num_steps == 8  # policy and critic
+    assert sum(kls) > 1.1 * max(kls)
+    assert collect_and_update(1.01 * max(kls))[2] == 8  # none of them is too far
+    stats, parts, num_steps = collect_and_update(0.99 * kls[1])
+    assert len(parts) == 2 and num_steps == 2
     for name in ("policy_loss", "value_loss", "approx_kl"):
         assert stats[name] == pytest.approx((parts[0][name] + parts[1][name]).item() / 2, rel=1e-5)
 
