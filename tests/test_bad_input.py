@@ -194,6 +194,8 @@ def test_a_name_that_is_no_choice_is_answered_with_the_choices(script, option, w
 
 @pytest.mark.parametrize("options, words", [
     (dict(n_embd=30, n_head=4), "n_embd 30 must be a multiple of n_head 4"),
+    (dict(n_embd=12, n_head=4, positions="rope"), "a head has 12 / 4, an odd number"),
+    (dict(device="banana"), "--device banana: no such device"),
     (dict(tokenizer="missing.json"), "missing.json: no such file"),
 ])
 def test_a_model_that_cannot_be_built(options, words, refused):
@@ -215,6 +217,15 @@ def test_evaluate_wants_somebody_to_score(refused, road, tmp_path):
     twin = tmp_path / "sft"
     twin.symlink_to(road.folder / "sft")
     assert "have the same last name" in refused("evaluate", models=twin)
+    tied = {"prompt": "cow?", "output": ["moo", "Moo."], "ranks": [0, 0]}
+    ties = write_rows(tmp_path / "ties.jsonl", [tied])
+    assert "holds ties only" in refused("evaluate", preferences=ties)
+    long = write_rows(tmp_path / "long.jsonl", [{**tied, "output": ["moo", "moo " * 99]}])
+    assert "has an answer that ends at token" in refused("evaluate", preferences=long)
+
+
+def test_the_reward_model_wants_two_prompts_to_measure_its_scores_on(refused):
+    assert "at least 2 prompts are needed" in refused("rm", num_normalize=1)
 
 
 # ---------------------------------------------------------------- run folders and checkpoints
@@ -236,6 +247,8 @@ def test_a_folder_in_use(refused, road, tmp_path):
     assert f"{tmp_path / 'run'} already holds a run" in message and "--overwrite" in message
     assert "differ" in refused("sft", "--resume", lr=0.5)
     assert "holds no checkpoint yet" in refused("sft", "--resume", out=tmp_path / "new")
+    assert "the run would replace what it starts from" in refused(
+        "sft", "--overwrite", init=tmp_path / "run")
 
 
 def test_a_truncated_checkpoint_and_one_of_the_wrong_kind(refused, road, tmp_path):
