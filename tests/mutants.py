@@ -161,6 +161,9 @@ def main(argv=None):
         print(f"STALE  {bug.story}\n       {why}:\n       {bug.text!r}")
     if gone:
         return 1
+    if not bugs:
+        print(f"no bug of check {args.only}, and none whose story has this word")
+        return 1
 
     import hypothesis, numpy, regex, tiktoken, torch  # noqa: loaded once, before the forks
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minirlhf.batches import (encode_answer, encode_prompts, epoch_batches, fit, pack, pad_right,
-                              random_blocks, response_mask, shifted_mask)
+                              random_blocks, response_mask, shifted_mask, split_by_prompt)
 from minirlhf.config import UserError
 from minirlhf.tokenizer import Tokenizer
 
@@ -86,6 +86,23 @@ def test_rows_of_like_length_come_together(generator):
 
 IDS = [100, 1, 2, 3, 4, 50, 51]  # a begin token, a prompt of four, an answer with its end token
 MASK = [False] * 5 + [True, True]
+
+
+class Text(str):
+    """Text with another hash, as every string has in the next Python process."""
+    def __hash__(self):
+        return hash(self[::-1] + "another process")
+
+
+def test_a_split_holds_out_a_share_of_the_prompts_and_not_of_the_rows(generator):
+    """Bugs: a share counted in rows; an order out of a set, so a resumed run splits anew."""
+    prompts = [f"prompt {i % 20}" for i in range(100)]
+    train, held_out = split_by_prompt(prompts, 0.15, generator.manual_seed(1))
+    assert sorted(train + held_out) == list(range(100))
+    assert len({prompts[i] for i in held_out}) == 3 and len(held_out) == 15
+    assert not {prompts[i] for i in train} & {prompts[i] for i in held_out}
+    again = split_by_prompt([Text(p) for p in prompts], 0.15, generator.manual_seed(1))
+    assert again == (train, held_out)
 
 
 def test_what_fits_is_left_alone():

@@ -62,6 +62,11 @@ def test_a_text_that_is_gone_fails_the_run(tmp_path):
     assert code == 1 and "occurs 0 times" in printed and "killed" not in printed
 
 
+def test_a_choice_of_no_bugs_fails_the_run():
+    code, printed = run("--only", "no such story")
+    assert code == 1 and "no bug" in printed and "killed" not in printed
+
+
 def test_a_bug_that_does_not_run_is_no_kill(tmp_path):
     """Neither a syntax error, nor a name that is missing, nor the library's own shape contracts."""
     bugs = [Bug("minirlhf/rl.py", "def gae(", "def gae)(", "test_check_15", "a syntax error"),
