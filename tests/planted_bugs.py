@@ -2958,12 +2958,58 @@ BUGS = [
         "test_decode_response_stops",
         "the last token is taken for the end token"),
 
+    # test_dropout_acts_in
+    Bug("minirlhf/model.py",
+        "        return F.dropout(self.proj(y), dropout)",
+        "        return self.proj(y)",
+        "test_dropout_acts_in_each",
+        "no dropout on attention's output"),
+    Bug("minirlhf/model.py",
+        "        x = F.dropout(x, self.cfg.dropout, self.training)\n",
+        "",
+        "test_dropout_acts_in_each",
+        "no dropout on the embeddings"),
+    Bug("minirlhf/model.py",
+        "return F.dropout(self.down(h), self.dropout, self.training)",
+        "return self.down(h)",
+        "test_dropout_acts_in_each",
+        "no dropout in the MLP"),
+    Bug("minirlhf/model.py",
+        "dropout = cfg.dropout if self.training else 0.0\n        if",
+        "dropout = 0.0\n        if",
+        "test_dropout_acts_in_each",
+        "no dropout anywhere in attention"),
+
+    # test_dropout_acts_on
+    Bug("minirlhf/model.py",
+        "    att = F.dropout(att.softmax(dim=-1), dropout)",
+        "    att = att.softmax(dim=-1)",
+        "test_dropout_acts_on",
+        "attention by hand drops no weights"),
+    Bug("minirlhf/model.py",
+        "attn_mask=mask, dropout_p=dropout,",
+        "attn_mask=mask,",
+        "test_dropout_acts_on",
+        "fused attention drops no weights"),
+
     # test_fused_attention_equals_the_written_out_one
     Bug("minirlhf/model.py",
         "att = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])",
         "att = q @ k.transpose(-2, -1) / math.sqrt(k.shape[2])",
         "test_fused_attention_equals_the_written_out_one",
         "scores are scaled by the number of keys instead of the head's width"),
+
+    # test_heads_and_contexts
+    Bug("minirlhf/model.py",
+        '"gpt2-xl": _gpt(48, 25, 1600)',
+        '"gpt2-xl": _gpt(48, 20, 1600)',
+        "test_heads_and_contexts",
+        "GPT-2 XL with 20 heads in place of 25"),
+    Bug("minirlhf/model.py",
+        "vocab_size=32000, block_size=4096",
+        "vocab_size=32000, block_size=2048",
+        "test_heads_and_contexts",
+        "Llama 2 with the context of Llama 1"),
 
     # test_llama_logits_equal_transformers
     Bug("minirlhf/model.py",
@@ -3010,6 +3056,13 @@ BUGS = [
         "test_rating_of_a_pair",
         "significantly better becomes negligibly better"),
 
+    # test_rmsnorm_squares
+    Bug("minirlhf/model.py",
+        "wide = x if x.dtype == torch.float64 else x.float()  #",
+        "wide = x  #",
+        "test_rmsnorm_squares",
+        "RMSNorm squares in bf16"),
+
     # test_rope_by_hand
     Bug("minirlhf/model.py",
         "torch.cat([-second, first], dim=-1) * sin",
@@ -3031,6 +3084,18 @@ BUGS = [
         "test_sample_prompts_gives_each_prompt",
         "answers go to other prompts, as the batches were sorted"),
 
+    # test_sample_prompts_passes
+    Bug("minirlhf/generate.py",
+        "results[i].append((ids, ended))",
+        "results[i].append((ids if ended else ids[: max_new_tokens - 1], ended))",
+        "test_sample_prompts_passes",
+        "a sample without end loses its last token"),
+    Bug("minirlhf/generate.py",
+        "temperature, top_k, top_p, generator)\n        for i",
+        "temperature, 0, top_p, generator)\n        for i",
+        "test_sample_prompts_passes",
+        "samples for many prompts ignore top_k"),
+
     # test_scaled_initialisation
     Bug("minirlhf/model.py",
         'if name.endswith(("attn.proj.weight", "mlp.down.weight")):',
@@ -3045,6 +3110,25 @@ BUGS = [
         "test_stop_kl",
         "the early stop skips a minibatch and goes on"),
 
+    # test_the_nucleus_is_that
+    Bug("minirlhf/generate.py",
+        "filter_logits(logits.float() / temperature, top_k, top_p)",
+        "filter_logits(logits.float(), top_k, top_p) / temperature",
+        "test_the_nucleus_is_that",
+        "the nucleus is that of temperature 1"),
+
+    # test_the_options_of_a_norm
+    Bug("minirlhf/model.py",
+        "return RMSNorm(cfg.n_embd, cfg.norm_eps)",
+        "return RMSNorm(cfg.n_embd, 1e-5)",
+        "test_the_options_of_a_norm",
+        "RMSNorm ignores norm_eps"),
+    Bug("minirlhf/model.py",
+        "cfg.n_embd, eps=cfg.norm_eps, bias",
+        "cfg.n_embd, bias",
+        "test_the_options_of_a_norm",
+        "LayerNorm ignores norm_eps"),
+
     # test_top_k_by_hand
     Bug("minirlhf/generate.py",
         "kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]",
@@ -3053,6 +3137,11 @@ BUGS = [
         "top-k keeps one more"),
 
     # test_top_p_by_hand
+    Bug("minirlhf/generate.py",
+        "outside = probs.cumsum(-1) - probs >= top_p",
+        "outside = probs.cumsum(-1) - probs > top_p",
+        "test_top_p_by_hand",
+        "a nucleus of exactly p takes one token more"),
     Bug("minirlhf/generate.py",
         "outside = probs.cumsum(-1) - probs >= top_p",
         "outside = probs.cumsum(-1) >= top_p",
@@ -3065,6 +3154,13 @@ BUGS = [
         '"new_values": torch.where(mask, new_values[:, 1:],',
         "test_what_an_update_without_steps",
         "the ledger's new values are one token late"),
+
+    # test_without_bias
+    Bug("minirlhf/model.py",
+        "eps=cfg.norm_eps, bias=cfg.bias)",
+        "eps=cfg.norm_eps)",
+        "test_without_bias",
+        "LayerNorm has a bias where there should be none"),
 
     # test_write_atomically
     Bug("minirlhf/runs.py",

@@ -144,7 +144,8 @@ def test_top_k_by_hand(top_k, expected):
 @pytest.mark.parametrize("top_p, expected", [
     (1.0, [[0, 1, 2, 3], [0, 1, 2, 3]]),
     (0.75, [[0, 2], [1, 2, 3]]),  # 0.5 + 0.3; 0.4 + 0.3 is not yet enough
-    (0.45, [[0], [2, 3]]), (0.01, [[0], [3]]), (0.0, [[0], [3]])])  # the likeliest always stays
+    (0.45, [[0], [2, 3]]), (0.5, [[0], [2, 3]]),  # a mass of exactly p is enough
+    (0.01, [[0], [3]]), (0.0, [[0], [3]])])  # the likeliest always stays
 def test_top_p_by_hand(top_p, expected):
     assert kept(filter_logits(LOGITS, top_p=top_p)) == expected
 
@@ -161,6 +162,12 @@ def test_temperature_0_is_greedy_and_a_low_one_nearly(generator):
     assert torch.equal(pick(logits, 1.0, 1, 1.0, generator), logits.argmax(-1))
 
 
+def test_the_nucleus_is_that_of_the_tempered_distribution(generator):
+    logits = LOGITS[:1].expand(500, 4)  # 0.5, 0.3, 0.1, 0.1; at temperature 0.5 0.69, 0.25, ...
+    assert pick(logits, 0.5, 0, 0.6, generator).unique().tolist() == [0]
+    assert pick(logits, 1.0, 0, 0.6, generator).unique().tolist() == [0, 2]
+
+
 # ---------------------------------------------------------------- many prompts
 
 def test_sample_prompts_gives_each_prompt_its_own_samples_in_order():
@@ -169,3 +176,13 @@ def test_sample_prompts_gives_each_prompt_its_own_samples_in_order():
     for prompt, samples in zip(PROMPTS, results):
         ids, ended = slow_greedy(model, prompt, 100, STOP)
         assert samples == [(ids[len(prompt) :], ended)] * 3
+
+
+def test_sample_prompts_passes_its_options_on(generator):
+    """Every id of an answer that ran out of room is there; top_k and top_p reach the sampling."""
+    model = awake_gpt()
+    greedy = sample_prompts(model, PROMPTS, [], 5, temperature=0)
+    assert [(len(ids), ended) for [(ids, ended)] in greedy] == [(5, False)] * len(PROMPTS)
+    for option in (dict(top_k=1), dict(top_p=1e-6)):
+        assert sample_prompts(model, PROMPTS, [], 5, generator=generator, **option) == greedy
+    assert sample_prompts(model, PROMPTS, [], 5, generator=generator) != greedy

@@ -10,8 +10,8 @@ from conftest import FLAVOURS, awake_gpt, close, tiny_config, wake
 from minirlhf.losses import ppo_value_loss
 from minirlhf.masked import masked_mean, token_logprobs
 from minirlhf.model import (GPT, SIZES, ActorCritic, ModelConfig, RMSNorm, ScalarModel, apply_rope,
-                            count_parameters, fused_attention, manual_attention, named_config,
-                            rope_angles)
+                            count_parameters, fused_attention, make_norm, manual_attention,
+                            named_config, rope_angles)
 
 # Every way to build a block: positions x sharing of key/value heads x attention code x the rest.
 COMBINATIONS = [
@@ -78,6 +78,26 @@ def test_rmsnorm_by_hand():
     norm.weight.data = torch.tensor([1.0, 10.0])
     rms = math.sqrt((9 + 16) / 2)
     close(norm(torch.tensor([[3.0, 4.0]])), [[3 / rms, 40 / rms]], rtol=1e-6)
+
+
+def test_rmsnorm_squares_in_float32_also_where_the_model_is_in_bf16(generator):
+    x = torch.randn(64, 32, generator=generator).bfloat16()
+    close(RMSNorm(32, 1e-5).bfloat16()(x), RMSNorm(32, 1e-5)(x.float()).bfloat16(), rtol=0.0)
+
+
+def test_the_options_of_a_norm_reach_it():
+    x = torch.tensor([[3.0, 4.0]])  # mean 3.5, variance 0.25, mean square 12.5
+    rms = make_norm(ModelConfig(n_embd=2, n_head=1, norm="rmsnorm", norm_eps=3.5))
+    layer = make_norm(ModelConfig(n_embd=2, n_head=1, norm_eps=0.75))
+    close(rms(x), [[3 / 4, 4 / 4]], rtol=1e-6)  # the root of 12.5 + 3.5 is 4
+    close(layer(x), [[-0.5, 0.5]], rtol=1e-6)  # that of 0.25 + 0.75 is 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_without_bias_there_is_none_anywhere(flavour):
+    names = [name for name, _ in GPT(tiny_config(**{**FLAVOURS[flavour], "bias": False})
+                                     ).named_parameters()]
+    assert names and not any(name.endswith("bias") for name in names)
 
 
 def test_rope_by_hand_and_relative(generator):
@@ -165,6 +185,39 @@ def test_check_03_dropout_acts_in_training_mode_only(generator):
         assert torch.equal(model.eval()(idx), plain(idx))
 
 
+@pytest.mark.parametrize("attention", [manual_attention, fused_attention])
+def test_dropout_acts_on_the_attention_weights(attention):
+    q = k = v = torch.ones(100, 10, 1, 1)  # one key: its weight is 1
+    y = attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), 0.2)
+    close(y.unique(), [0.0, 1.25], rtol=1e-6)
+    assert 0.7 < (y > 0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("attention", ["manual", "fused"])
+def test_dropout_acts_in_each_of_its_places(attention, generator):
+    """Embeddings, attention weights, attention's output, the MLP's output (as in GPT-2)."""
+    plain = wake(GPT(tiny_config(attention=attention))).eval().trunk
+    trunk = wake(GPT(tiny_config(attention=attention, dropout=0.5))).train().trunk
+    x = torch.randn(400, 1, 16, generator=generator).to(plain.wte.weight.dtype)
+    mlp, expected = trunk.blocks[0].mlp(x), 2 * plain.blocks[0].mlp(x)
+    close(mlp, torch.where(mlp == 0, 0, expected))
+    assert 0.4 < (mlp == 0).float().mean() < 0.6
+
+    for block in (trunk.blocks[0], plain.blocks[0]):  # heads side by side, not mixed
+        block.attn.proj.weight.data.copy_(torch.eye(16))
+        block.attn.proj.bias.data.zero_()
+    att, expected = trunk.blocks[0].attn(x), 4 * plain.blocks[0].attn(x)
+    close(att, torch.where(att == 0, 0, expected))
+    assert 0.7 < (att == 0).float().mean() < 0.8  # one of two weights, one of two outputs
+
+    for layers in (trunk, plain):
+        layers.blocks, layers.norm_f = torch.nn.ModuleList(), torch.nn.Identity()
+    idx = random_ids(generator, 40, 8)
+    embedded = trunk(idx)
+    close(embedded, torch.where(embedded == 0, 0, 2 * plain(idx)))
+    assert 0.4 < (embedded == 0).float().mean() < 0.6
+
+
 def test_check_04_two_forward_passes_give_the_same_bits(generator):
     """The bug: a ratio that is not 1 before the first update."""
     model, idx = awake_gpt().float().train(), random_ids(generator, 4, 10)
@@ -214,6 +267,17 @@ def test_parameter_count_of_llama2_34b_by_formula():
     ("gpt3-2.7b", 2700), ("gpt3-6.7b", 6700), ("gpt3-13b", 13000), ("gpt3-175b", 175000)])
 def test_parameter_counts_near_the_papers_rounded_ones(name, millions):
     assert count_parameters(named_config(name)) == pytest.approx(millions * 1e6, rel=0.05)
+
+
+def test_heads_and_contexts_of_the_named_sizes():
+    """Parameter counts don't see them. GPT-3: arXiv 2005.14165, Table 2.1; see SIZES on 1.3B."""
+    head_dims = {"gpt3-760m": 96, "gpt3-1.3b": 128, "gpt3-2.7b": 80, "gpt3-6.7b": 128,
+                 "gpt3-13b": 128, "gpt3-175b": 128}
+    contexts = {"gpt1": 512, "gpt2": 1024, "gpt3": 2048, "llama2": 4096}
+    for name in SIZES:
+        cfg, family = named_config(name), name.split("-")[0]
+        head_dim = 128 if family == "llama2" else head_dims.get(name, 64)
+        assert cfg.n_embd == head_dim * cfg.n_head and cfg.block_size == contexts[family], name
 
 
 def test_every_named_size_is_tested_above():
