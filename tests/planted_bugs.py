@@ -2934,10 +2934,22 @@ BUGS = [
 
     # test_a_scalar_model_speaks
     Bug("minirlhf/model.py",
+        'self.score_mean) / self.score_std',
+        'self.score_mean) / self.score_std.clamp(min=0.1)',
+        "test_a_scalar_model_speaks",
+        "a small deviation of the scores is clamped in the critic"),
+    Bug("minirlhf/model.py",
         "return (self.raw(idx) - self.score_mean) / self.score_std",
         "return self.raw(idx) / self.score_std - self.score_mean",
         "test_a_scalar_model_speaks",
         "the mean is taken off after the division"),
+
+    # test_a_score_is_computed
+    Bug("minirlhf/model.py",
+        'with torch.autocast(h.device.type, enabled=False):',
+        'with torch.autocast(h.device.type, torch.bfloat16):',
+        "test_a_score_is_computed",
+        "scores are rounded to bf16"),
 
     # test_a_split_holds_out_a_share
     Bug("minirlhf/batches.py",
@@ -2950,6 +2962,13 @@ BUGS = [
         "int(share * len(prompts))",
         "test_a_split_holds_out_a_share",
         "the held-out share counts rows, not prompts"),
+
+    # test_command_line_trains
+    Bug("minirlhf/tokenizer.py",
+        'if str(path).endswith(".gz") else raw).decode("utf-8")',
+        'if str(path).endswith(".gz") else raw).decode("utf-8").replace("\\r", "")',
+        "test_command_line_trains",
+        "the tokenizer is trained without carriage returns"),
 
     # test_decode_response_stops
     Bug("minirlhf/tokenizer.py",
@@ -3035,6 +3054,13 @@ BUGS = [
         "test_mistakes_are_refused",
         "a shortened option is guessed"),
 
+    # test_prompts
+    Bug("minirlhf/formats.py",
+        'return {**meta, **{key: row[key] for key in row if key != "meta" and key not in used}}',
+        'return {**{key: row[key] for key in row if key != "meta" and key not in used}, **meta}',
+        "test_prompts",
+        "a key of meta hides the row's own"),
+
     # test_prompts_of_one_text_stay
     Bug("minirlhf/batches.py",
         "sides[prompt in kept_out].append(i)",
@@ -3055,6 +3081,18 @@ BUGS = [
         "return 3 - GRADES.index(value)",
         "test_rating_of_a_pair",
         "significantly better becomes negligibly better"),
+
+    # test_refused_rows
+    Bug("minirlhf/formats.py",
+        'if any(prompt != prompts[0] for prompt in prompts):',
+        'if any(prompt[-1] != prompts[0][-1] for prompt in prompts):',
+        "test_refused_rows",
+        "answers to different conversations are compared"),
+    Bug("minirlhf/formats.py",
+        'if messages[-1] == {"role": "assistant", "content": ""}:',
+        'if messages[-1]["role"] == "assistant":',
+        "test_refused_rows",
+        "a prompt that ends in an answer silently loses it"),
 
     # test_rmsnorm_squares
     Bug("minirlhf/model.py",
@@ -3103,12 +3141,31 @@ BUGS = [
         "test_scaled_initialisation",
         "the MLP's way back to the stream does not start smaller"),
 
+    # test_special_tokens_cannot
+    Bug("minirlhf/tokenizer.py",
+        'return self.encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)',
+        'return [self.encoding.encode(t, allowed_special="all") for t in texts]',
+        "test_special_tokens_cannot",
+        "pretraining text can hold special tokens"),
+
     # test_stop_kl
     Bug("train_ppo.py",
         "break  # the policy has moved",
         "continue  # the policy has moved",
         "test_stop_kl",
         "the early stop skips a minibatch and goes on"),
+
+    # test_text_files
+    Bug("minirlhf/formats.py",
+        '.decode("utf-8").rstrip("\\r\\n")',
+        '.decode("utf-8").rstrip()',
+        "test_text_files",
+        "trailing spaces of pretraining text are lost"),
+    Bug("minirlhf/formats.py",
+        're.sub(r"\\n\\s*\\n", "\\n", text.strip())',
+        're.sub(r"\\n\\n+", "\\n", text.strip())',
+        "test_text_files",
+        "a line of spaces splits one document into two"),
 
     # test_the_nucleus_is_that
     Bug("minirlhf/generate.py",

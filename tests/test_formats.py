@@ -94,7 +94,7 @@ def test_output_beside_chosen_is_an_extra_key():
 
 def test_prompts(tmp_path):
     path = write(tmp_path, {"prompt": "Hi.", "answer": "Hello."}, {"messages": [USER], "id": 7},
-                 {"messages": [USER], "answer": None, "meta": {"a": 1}, "b": 2})
+                 {"messages": [USER], "answer": None, "meta": {"a": 1, "b": 0}, "b": 2})
     rows = formats.read_prompts(path)
     assert [row["answer"] for row in rows] == ["Hello.", None, None]
     assert [row["meta"] for row in rows] == [{}, {"id": 7}, {"a": 1, "b": 2}]
@@ -131,6 +131,9 @@ def test_text_files(tmp_path):
     stories = tmp_path / "b.txt.gz"
     stories.write_bytes(gzip.compress(b"one\n\n  more\n<|endoftext|>\n\n<|endoftext|>two\n"))
     assert formats.read_text(stories) == "one\n  more\n\ntwo\n"
+    assert formats.read_text(write(tmp_path, "one  ", "", "two", name="c.txt")) == "one  \n\ntwo\n"
+    blank = write(tmp_path, {"text": "one\n \t\nmore"})  # a line of spaces looks like a blank one
+    assert formats.read_text(blank) == "one\nmore\n"
     assert formats.read_text(write(tmp_path, {"text": "one\n\nmore"}, {"text": "two"})) == (
         "one\nmore\n\ntwo\n")
 
@@ -188,6 +191,9 @@ GOOD = {"demonstrations": {"messages": [USER, ASSISTANT]}, "prompts": {"prompt":
     ("preferences", {"chosen": hh("q", "a"), "rejected": "b"}, "a prompt under"),
     ("preferences", {"chosen": hh("q", "a"), "rejected": hh("p", "b")}, "two that differ"),
     ("preferences", {"prompt": "p", "chosen": hh("q", "a"), "rejected": "b"}, "two that differ"),
+    ("preferences", {"chosen": hh("q", "x", "q", "a"), "rejected": hh("q", "y", "q", "b")},
+     "two that differ"),
+    ("prompts", {"prompt": hh("q", "a")}, "user"),
     ("preferences", {"chosen": hh("q"), "rejected": hh("q", "b")}, "assistant"),
     ("preferences", {"chosen": hh("q", ""), "rejected": hh("q", "b")}, "have text"),
     ("preferences", {"prompt": "Hi.", "chosen": USER, "rejected": "b"}, "found user"),

@@ -11,7 +11,7 @@ from minirlhf.losses import ppo_value_loss
 from minirlhf.masked import masked_mean, token_logprobs
 from minirlhf.model import (GPT, SIZES, ActorCritic, ModelConfig, RMSNorm, ScalarModel, apply_rope,
                             count_parameters, fused_attention, make_norm, manual_attention,
-                            named_config, rope_angles)
+                            named_config, rope_angles, scalar_head)
 
 # Every way to build a block: positions x sharing of key/value heads x attention code x the rest.
 COMBINATIONS = [
@@ -375,11 +375,20 @@ def test_check_12_the_score_is_read_at_each_rows_last_real_token(generator):
     close(model.score(idx, lengths), alone, atol=1e-12)
 
 
+def test_a_score_is_computed_in_float32_also_under_autocast(generator):
+    head, h = torch.nn.Linear(16, 1), torch.randn(2, 5, 16, generator=generator).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scalar_head(head, h)
+    assert scores.dtype == torch.float32
+    close(scores, scalar_head(head, h.float()), rtol=1e-6)
+
+
 def test_a_scalar_model_speaks_in_normalised_units(generator):
     model, idx = scalar_model(), random_ids(generator, 2, 6)
     model.score_mean.fill_(2.0)
-    model.score_std.fill_(4.0)
-    close(model(idx), (model.raw(idx) - 2) / 4)
+    for deviation in (4.0, 1 / 256):  # however small
+        model.score_std.fill_(deviation)
+        close(model(idx), (model.raw(idx) - 2) / deviation)
 
 
 def test_check_34_a_critic_keeps_the_reward_models_head_and_normalisation():

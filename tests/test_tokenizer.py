@@ -249,6 +249,7 @@ def test_special_tokens_cannot_be_smuggled_in(tok, role, smuggled):
             tokenizer.begin_id, tokenizer.system_id, tokenizer.end_id,
             *[tokenizer.user_id, tokenizer.end_id, tokenizer.assistant_id, tokenizer.end_id] * 2]
         assert all(idx < len(tokenizer.ranks) for idx in tokenizer.encode(smuggled))
+        assert tokenizer.encode_batch([smuggled]) == [tokenizer.encode(smuggled)]
         assert tokenizer.decode(tokenizer.encode(smuggled)) == smuggled  # nothing removed either
         assert sum(mask) == sum(len(tokenizer.encode(message["content"])) + 1
                                 for message in chat if message["role"] == "assistant")
@@ -424,7 +425,7 @@ def test_named_with_an_unknown_name():
 # ---------------------------------------------------------------- the command line
 
 def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "a.txt").write_bytes((TEXT + "\r\n" * 50).encode())  # taken byte by byte
     rows = json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(["zebra zebra", 3, None]) + "\n"
     (tmp_path / "b.jsonl").write_text(rows)
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"quokka quokka quokka"))
@@ -432,7 +433,7 @@ def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
     out = tmp_path / "out" / "tokenizer.json"
     main([*names, "--vocab_size", "420", "--out", str(out)])
-    texts = [TEXT, *[message["content"] for message in CHAT], "zebra zebra",
+    texts = [TEXT + "\r\n" * 50, *[message["content"] for message in CHAT], "zebra zebra",
              "quokka quokka quokka", "walrus"]  # the roles are left out
     tok = Tokenizer.load(out)
     assert_same(tok, Tokenizer.train(texts, 420))
