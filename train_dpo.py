@@ -46,7 +46,7 @@ class Config:
     label_smoothing: float = 0.0  # share of labels believed to be flipped
     too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
     held_out: float = 0.1  # share of the prompts kept for evaluation
-    eval_every: int = 50  # steps between evaluations
+    eval_every: int = 20  # steps between evaluations
     save_every: int = 100  # steps between checkpoints
     ledger_every: int = 10  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order

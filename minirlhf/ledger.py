@@ -178,11 +178,16 @@ def number(value):
     return f"{round(float(value), 3) + 0:9.3f}"
 
 
-def visible(piece, width):
-    """A token as text of at most `width` columns, its white space and control characters shown."""
+def visible(piece, width, end=False):
+    """A token as text of at most `width` columns, its white space and control characters shown.
+
+    Of a longer one the beginning is shown, or the end.
+    """
     text = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in
                    piece.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t"))
-    return (text if len(text) <= width else text[: width - 1] + "…").ljust(width)
+    if len(text) > width:
+        text = "…" + text[1 - width :] if end else text[: width - 1] + "…"
+    return text.ljust(width)
 
 
 def row_lines(record, row, colour=False):
@@ -259,17 +264,18 @@ def side_by_side(record, better, worse, colour=False):
             number(rows[name][row][i - 1]) for _, name in columns) for i in at]
         sums = "".join(number(rows[name][row][mask].sum()) if name in SUMMED else f"{'':9}"
                        for _, name in columns)
-        halves.append((describe_row(record, row), half, f"{'sum':14}" + sums))
+        halves.append((describe_row(record, row), half, f"{'sum':14}{sums}"))
     width = 14 + 9 * len(columns)
     start = rows["response_mask"][better].argmax() + 1
     prompt = "".join(record["pieces"][better][:start])
     heading = "token".ljust(14) + "".join(f"{heading:>9}" for heading, _ in columns)
-    lines = ["prompt: " + visible(prompt, 100).rstrip()]
+    lines = ["prompt: " + visible(prompt, 100, end=True).rstrip()]
     lines += [f"{halves[0][0]:{width}}   {halves[1][0]}", f"{heading:{width}}   {heading}"]
     for i in range(max(len(halves[0][1]), len(halves[1][1]))):
         left, right = (half[i] if i < len(half) else "" for _, half, _ in halves)
         lines.append(f"{left:{width}}   {right}")
-    lines.append(f"{halves[0][2]:{width}}   {halves[1][2]}")
+    if SUMMED.intersection(rows):  # scores are no sums
+        lines.append(f"{halves[0][2]:{width}}   {halves[1][2]}")
     return [line.rstrip() for line in lines]
 
 
@@ -288,7 +294,9 @@ def main(argv=None):
 
             print(f"written: {write_page(args.run)}")
         else:
-            print(show(args.run, args.step, args.row, colour))
+            print(show(args.run, args.step, args.row, colour), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3054,6 +3054,13 @@ BUGS = [
         "test_mistakes_are_refused",
         "a shortened option is guessed"),
 
+    # test_no_other_option
+    Bug("minirlhf/runs.py",
+        'free = {"resume", "overwrite", "device", "threads"}',
+        'free = {"resume", "overwrite", "device", "threads", "num_steps"}',
+        "test_no_other_option",
+        "a resumed run may change its number of steps, and so its schedule"),
+
     # test_prompts
     Bug("minirlhf/formats.py",
         'return {**meta, **{key: row[key] for key in row if key != "meta" and key not in used}}',

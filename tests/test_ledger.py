@@ -1,6 +1,9 @@
 """The ledger: what it records is what the run used, and recording changes nothing."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from minirlhf.rl import gae
 from minirlhf.runs import load_checkpoint
 
 STAGES = ["sft", "rm", "dpo", "ppo"]
+ROOT = Path(__file__).parent.parent
 
 
 def recorded(stage, road, out, **options):
@@ -135,11 +139,23 @@ def test_compared_answers_stand_side_by_side(stage, road, tmp_path, capsys):
         for piece in pieces[row][start:]:
             assert ledger.visible(piece, 14).strip() in out
     assert ("score" if stage == "rm" else "logratio") in out
+    assert ("\nsum " in out) == (stage == "dpo")  # scores are no sums
+    (prompt,) = [line for line in out.splitlines() if line.startswith("prompt: ")]
+    assert prompt.endswith("<|assistant|>") and len(prompt) <= 110  # its end: what was answered
 
 
 def test_control_characters_and_escape_codes_are_shown_not_obeyed():
     assert ledger.visible("\x1b[31m a\nb", 20).rstrip() == "\\x1b[31m·a\\nb"
     assert len(ledger.visible("x" * 50, 12)) == 12
+    assert ledger.visible("abcdef", 4) == "abc…" and ledger.visible("abcdef", 4, end=True) == "…def"
+    assert ledger.visible("abcd", 4, end=True) == "abcd"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(road, tmp_path):
+    recorded("ppo", road, tmp_path)
+    done = subprocess.run(f"{sys.executable} -m minirlhf.ledger {tmp_path} | true", shell=True,
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_mistakes_end_with_one_line(road, tmp_path, capsys):

@@ -11,8 +11,8 @@ from tiny_road import SCRIPTS
 from minirlhf import plot, runs
 from minirlhf.config import UserError
 from minirlhf.model import GPT, ScalarModel
-from minirlhf.runs import (Run, build_model, load_checkpoint, load_function, load_model,
-                           pick_device, pick_dtype, start_run, write_atomically)
+from minirlhf.runs import (Run, build_model, changed_settings, load_checkpoint, load_function,
+                           load_model, pick_device, pick_dtype, start_run, write_atomically)
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -88,6 +88,17 @@ def test_a_resumed_run_keeps_its_options_but_may_change_its_device(road, tmp_pat
     with pytest.raises(UserError, match="lr was 0.001, is 0.5"):
         road.run("sft", tmp_path, dtype="float32", resume=True, lr=0.5)
     road.run("sft", tmp_path, dtype="float32", resume=True, device="cpu", threads=0)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_no_other_option_may_change_in_a_resumed_run(stage, road, tmp_path):
+    """Bug: the loss's precision, or the number of steps and so the schedule, changes on the way."""
+    old = vars(road.config(stage, tmp_path))
+    for name, value in old.items():
+        new = {**old, name: value + (1 if isinstance(value, (int, float)) else "x")}
+        may_change = name in ("resume", "overwrite", "device", "threads")
+        assert changed_settings(old, new) == (
+            "" if may_change else f"{name} was {value!r}, is {new[name]!r}")
 
 
 def test_resume_needs_a_checkpoint(road, tmp_path):
