@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 from tiny_road import SCRIPTS, finite, without_clock, write_rows
 
 import evaluate
@@ -15,6 +16,7 @@ import train_ppo
 import train_rm
 from minirlhf.config import field_comments, parse_config
 from minirlhf.formats import read_rows, read_samples
+from minirlhf.runs import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 
@@ -76,13 +78,54 @@ def test_two_steps_with_each_choice_of_a_text_option(script, option, value, road
     assert script in ("sample", "evaluate") or finite(history)
 
 
+# Another value for each number that says how a model is trained, and a run in which it can matter.
+SCHEDULE = dict(lr=1e-4, warmup=3, final_lr=0.9, weight_decay=0.9, grad_clip=0.05, batch_size=6)
+ACTS = {
+    "pretrain": (dict(num_steps=3), dict(
+        SCHEDULE, num_steps=4, dropout=0.1, block_size=32, n_layer=1, n_head=4, n_kv_head=1,
+        n_embd=64, n_hidden=0, seed=1)),
+    "sft": (dict(num_epochs=1), dict(SCHEDULE, num_epochs=2, held_out=0.5, seed=1)),
+    "rm": (dict(num_epochs=1), dict(SCHEDULE, num_epochs=2, held_out=0.5, margin=1.0,
+                                    num_normalize=8, max_new_tokens=7, seed=1)),
+    "dpo": (dict(num_epochs=1), dict(SCHEDULE, num_epochs=2, held_out=0.5, beta=0.1,
+                                     label_smoothing=0.1, seed=1)),
+    "ppo": (dict(lr=3e-3, critic_lr=3e-3, stop_kl=0.0, micro_batch_size=0, max_new_tokens=6), dict(
+        num_steps=3, rollout_size=4, max_new_tokens=5, temperature=0.7, num_epochs=1,
+        minibatch_size=8, lr=1e-4, critic_lr=1e-4, final_lr=0.9, beta=0.5, kl_target=1.0, gamma=0.9,
+        lam=1.0, clip_range=0.01, value_clip=0.0, score_clip=0.1, missing_end_score=-1.0,
+        stop_kl=1e-9, grad_clip=0.05, vf_coef=1.0, seed=1)),
+}
+NEUTRAL = {"micro_batch_size", "eval_every", "save_every", "ledger_every", "num_samples", "threads"}
+
+
+def trained(road, stage, out, options):
+    """All weights that the run has trained, as one list of tensors."""
+    history = road.run(stage, out, dtype="float32", **options)
+    assert finite(history)
+    checkpoint = load_checkpoint(out)
+    return [*checkpoint["actor" if stage == "ppo" else "model"].values()]
+
+
+@pytest.mark.parametrize("stage", ACTS)
+def test_every_number_that_shapes_training_acts(stage, road, tmp_path):
+    """Bug: an option that is read, checked, logged and never used."""
+    base, others = ACTS[stage]
+    numbers = {option for script, option in fields(int) + fields(float) if script == stage}
+    assert set(others) == numbers - NEUTRAL
+    same = trained(road, stage, tmp_path / "base", base)
+    for option, value in others.items():
+        if option == "vf_coef":  # a separate critic is moved by Adam, whatever its loss's weight
+            base = {**base, "share_critic": True}
+            same = trained(road, stage, tmp_path / "shared", base)
+        other = trained(road, stage, tmp_path / option, {**base, option: value})
+        assert len(same) != len(other) or any(
+            a.shape != b.shape or not torch.equal(a, b) for a, b in zip(same, other)), option
+
+
 @pytest.mark.parametrize("script, options", [
-    ("pretrain", dict(n_kv_head=1, dropout=0.1)), ("pretrain", dict(n_hidden=0)),
-    ("sft", dict(micro_batch_size=3, num_samples=2)), ("rm", dict(margin=1.0)),
-    ("ppo", dict(kl_target=1.0)), ("ppo", dict(value_clip=0.0, score_clip=0.0, stop_kl=0.0)),
-    ("ppo", dict(micro_batch_size=0, temperature=0.7, gamma=0.9, lam=1.0)),
-    ("ppo", dict(share_critic=True, micro_batch_size=0)), ("ppo", dict(stop_kl=1e-9)),
-    ("dpo", dict(micro_batch_size=3, label_smoothing=0.1)),
+    ("sft", dict(micro_batch_size=3, num_samples=2)), ("dpo", dict(micro_batch_size=3)),
+    ("ppo", dict(value_clip=0.0, score_clip=0.0, stop_kl=0.0)),
+    ("ppo", dict(share_critic=True, micro_batch_size=0)),
     ("sample", dict(top_k=3)), ("sample", dict(top_p=0.5)), ("sample", dict(num_samples=3)),
     ("evaluate", dict(best_of=0, courtesy="", refusal="", show=0, batch_size=2)),
 ])
