@@ -971,6 +971,11 @@ BUGS = [
         'prompts = [run.tokenizer.encode_chat(rows[e["row"]]["messages"])[0] for e in train]',
         "test_check_14",
         "the scores' scale is measured on prompts without the assistant's mark"),
+    Bug("train_sft.py",
+        'ids[: len(mask) - mask[::-1].index(False)]',
+        'ids[: mask.index(True)]',
+        "test_check_14",
+        "SFT's samples answer the first turn of a dialogue"),
 
     # test_check_15
     Bug("minirlhf/rl.py",
@@ -2881,6 +2886,20 @@ BUGS = [
         "test_a_checkpoint_holds_all",
         "a loaded model is left in training mode"),
 
+    # test_a_checkpoint_of_another
+    Bug("minirlhf/runs.py",
+        'self.tokenizer.fingerprint() != tokenizer.fingerprint()',
+        'self.tokenizer.n_vocab != tokenizer.n_vocab',
+        "test_a_checkpoint_of_another",
+        "two vocabularies of one size are mixed"),
+
+    # test_a_folder_in_use
+    Bug("minirlhf/runs.py",
+        'if out.resolve() == Path(getattr(cfg, name)).resolve():',
+        'if out == Path(getattr(cfg, name)):',
+        "test_a_folder_in_use",
+        "a run replaces its start where the path is spelled otherwise"),
+
     # test_a_resumed_run_equals
     Bug("minirlhf/runs.py",
         '        self.scaler.load_state_dict(ckpt["scaler"])\n',
@@ -3011,6 +3030,33 @@ BUGS = [
         "test_dropout_acts_on",
         "fused attention drops no weights"),
 
+    # test_every_number_that_shapes
+    Bug("train_ppo.py",
+        'lr, 0, cfg.final_lr, "linear")',
+        'lr, 0, 0.1, "linear")',
+        "test_every_number",
+        "PPO ignores --final_lr"),
+    Bug("train_sft.py",
+        'cfg.lr, cfg.warmup, cfg.final_lr)',
+        'cfg.lr, cfg.warmup, 0.05)',
+        "test_every_number",
+        "SFT ignores --final_lr"),
+    Bug("train_rm.py",
+        'cfg.lr, cfg.warmup, cfg.final_lr)',
+        'cfg.lr, 0, cfg.final_lr)',
+        "test_every_number",
+        "the reward model ignores --warmup"),
+    Bug("train_dpo.py",
+        'make_optimizer(model, cfg.lr, cfg.weight_decay)',
+        'make_optimizer(model, cfg.lr)',
+        "test_every_number",
+        "DPO ignores --weight_decay"),
+    Bug("train_pretrain.py",
+        'model.parameters(), cfg.grad_clip)',
+        'model.parameters(), 1.0)',
+        "test_every_number",
+        "pretraining ignores --grad_clip"),
+
     # test_fused_attention_equals_the_written_out_one
     Bug("minirlhf/model.py",
         "att = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])",
@@ -3088,6 +3134,23 @@ BUGS = [
         "return 3 - GRADES.index(value)",
         "test_rating_of_a_pair",
         "significantly better becomes negligibly better"),
+
+    # test_recording_leaves_dropout
+    Bug("train_sft.py",
+        '    model.train()\n    return {"tokens"',
+        '    return {"tokens"',
+        "test_recording_leaves",
+        "SFT goes on without dropout after a record"),
+    Bug("train_dpo.py",
+        '    model.train()\n    log_ratios',
+        '    log_ratios',
+        "test_recording_leaves",
+        "DPO goes on without dropout after a record"),
+    Bug("train_sft.py",
+        'numbers stay the same.\n    """\n    model.eval()\n',
+        'numbers stay the same.\n    """\n',
+        "test_recording_leaves",
+        "a record draws from the generator of dropout"),
 
     # test_refused_rows
     Bug("minirlhf/formats.py",
@@ -3192,6 +3255,20 @@ BUGS = [
         "cfg.n_embd, bias",
         "test_the_options_of_a_norm",
         "LayerNorm ignores norm_eps"),
+
+    # test_the_seed_reaches
+    Bug("minirlhf/runs.py",
+        'torch.Generator(self.device).manual_seed(cfg.seed)  # for sampling',
+        'torch.Generator(self.device).manual_seed(0)  # for sampling',
+        "test_the_seed_reaches",
+        "sampling ignores the seed"),
+
+    # test_tokens_per_second
+    Bug("minirlhf/runs.py",
+        'self._clock)\n        self._clock = time.time()\n',
+        'self._clock)\n',
+        "test_tokens_per_second",
+        "tokens per second since the start, not since the last line"),
 
     # test_top_k_by_hand
     Bug("minirlhf/generate.py",

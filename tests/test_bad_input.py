@@ -18,6 +18,7 @@ import sample
 import speedrun
 from minirlhf import runs
 from minirlhf.config import command_line
+from minirlhf.runs import load_checkpoint
 from minirlhf.tokenizer import Tokenizer
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
@@ -247,8 +248,9 @@ def test_a_folder_in_use(refused, road, tmp_path):
     assert f"{tmp_path / 'run'} already holds a run" in message and "--overwrite" in message
     assert "differ" in refused("sft", "--resume", lr=0.5)
     assert "holds no checkpoint yet" in refused("sft", "--resume", out=tmp_path / "new")
-    assert "the run would replace what it starts from" in refused(
-        "sft", "--overwrite", init=tmp_path / "run")
+    for init in (tmp_path / "run", tmp_path / "run" / ".." / "run"):
+        assert "the run would replace what it starts from" in refused(
+            "sft", "--overwrite", init=init)
 
 
 def test_a_truncated_checkpoint_and_one_of_the_wrong_kind(refused, road, tmp_path):
@@ -283,6 +285,15 @@ def test_a_checkpoint_of_another_vocabulary(refused, other):
     assert "another vocabulary than --init" in refused("ppo", reward_model=other / "rm")
     assert "another vocabulary" in refused("evaluate", against=other / "sft")
     assert "another vocabulary" in refused("evaluate", reward_model=other / "rm")
+
+
+def test_a_checkpoint_of_another_vocabulary_of_the_same_size(refused, road, tmp_path):
+    checkpoint = load_checkpoint(road.folder / "rm")
+    checkpoint["tokenizer"] = Tokenizer.train(road.text.read_text().upper(),
+                                              road.tokenizer.n_vocab).to_dict()
+    (tmp_path / "rm").mkdir()
+    torch.save(checkpoint, tmp_path / "rm" / "ckpt.pt")
+    assert "another vocabulary than --init" in refused("ppo", reward_model=tmp_path / "rm")
 
 
 def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):

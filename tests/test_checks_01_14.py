@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_road import PROMPTS, SCRIPTS, chat, collect, polite, rude, without_clock
+from tiny_road import (PROMPTS, SCRIPTS, chat, collect, polite, rude, with_dropout,
+                       without_clock)
 
 import sample
 import train_dpo
@@ -217,15 +218,6 @@ def test_check_02_the_logits_a_rollout_samples_from_equal_a_full_forward_pass(
     for step, ((logits, *_), _) in enumerate(draws):
         rows = torch.nonzero(prompt_lens + step < lengths)[:, 0]  # those that were still at work
         close(logits, full[rows, prompt_lens[rows] + step - 1], atol=1e-12)
-
-
-def with_dropout(folder, out):
-    """A copy of a run's checkpoint, only that its model has dropout."""
-    ckpt = load_checkpoint(folder)
-    ckpt["model_config"]["dropout"] = 0.5
-    out.mkdir()
-    torch.save(ckpt, out / "ckpt.pt")
-    return str(out)
 
 
 @pytest.fixture
@@ -929,11 +921,15 @@ def test_check_14_what_is_sampled_continues_the_template_with_the_answer_open(ro
     assert len(asked) == 36 and all(one in prompts for one in asked)
 
     model, _, run = start("sft", road, tmp_path)
-    monkeypatch.setattr(run, "show", lambda step, text: None)
+    shown = []
+    monkeypatch.setattr(run, "show", lambda step, text: shown.append(text))
     calls = spy(monkeypatch, train_sft, "generate")
-    rows = [{"messages": CHAT[:3]}, {"messages": chat("cow?", "moo")}]
+    rows = [{"messages": messages} for messages in
+            (CHAT[:3], chat("cow?", "moo"), chat("cow?", "moo", "dog?", "woof"))]
     train_sft.show_samples(model, train_sft.encode(rows, tok, 64, run.cfg), 1, run)
     assert [args[1] for args, _ in calls] == [[prompt_of(row["messages"][:-1])] for row in rows]
+    for text, row in zip(shown, rows):
+        assert text.startswith(f"  user: {row['messages'][-2]['content']}\n  model: ")
 
 
 def test_check_14_a_conversation_closes_each_answer_once(road, monkeypatch, capsys):

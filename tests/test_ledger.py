@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_road import without_clock
+from tiny_road import with_dropout, without_clock
 
 import sample
 from conftest import close
@@ -63,6 +63,16 @@ def test_recording_changes_no_number_of_the_run(stage, road, tmp_path):
     with_, without = (load_checkpoint(tmp_path / name)["model"] for name in "10")
     assert all(torch.equal(with_[name], without[name]) for name in without)
     assert not (tmp_path / "0" / "ledger").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_recording_leaves_dropout_as_it_was(stage, road, tmp_path):
+    """Bugs: dropout stays off after a record; a record draws from the generator of dropout."""
+    init = with_dropout(road.folder / ("pretrain" if stage == "sft" else "sft"), tmp_path / "init")
+    for every in (0, 1):
+        road.run(stage, tmp_path / str(every), ledger_every=every, eval_every=100, init=init)
+    with_, without = (load_checkpoint(tmp_path / name)["model"] for name in "10")
+    assert all(torch.equal(with_[name], without[name]) for name in without)
 
 
 def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):

@@ -101,6 +101,23 @@ def test_no_other_option_may_change_in_a_resumed_run(stage, road, tmp_path):
             "" if may_change else f"{name} was {value!r}, is {new[name]!r}")
 
 
+def test_the_seed_reaches_sampling_shuffling_and_new_weights(road, tmp_path):
+    for seed in (3, 4):
+        run = start_run(road.config("sft", tmp_path / str(seed), seed=seed), {"init": "pretrain"})
+        assert run.generator.initial_seed() == run.data_order.initial_seed() == seed
+        assert torch.initial_seed() == seed
+
+
+def test_tokens_per_second_are_those_since_the_last_line(road, tmp_path, monkeypatch):
+    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
+    run = start_run(road.config("sft", tmp_path), {"init": "pretrain"})
+    monkeypatch.setattr(runs.time, "time", lambda: next(clock))
+    run._clock = runs.time.time()
+    for step in (1, 2):
+        run.log(step, 2, 1000)
+    assert [row["tok_per_s"] for row in run.history] == [250, 500]
+
+
 def test_resume_needs_a_checkpoint(road, tmp_path):
     with pytest.raises(UserError, match="--resume: .* holds no checkpoint yet; start it with --overwrite"):
         road.run("sft", tmp_path / "new", resume=True)

@@ -17,7 +17,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.model import ActorCritic
-from minirlhf.runs import frozen, start_run
+from minirlhf.runs import frozen, load_checkpoint, start_run
 from minirlhf.tokenizer import Tokenizer
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "ppo": train_ppo,
@@ -133,6 +133,15 @@ def without_clock(history):
 def digest(model):
     return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())
                           ).hexdigest()
+
+
+def with_dropout(folder, out):
+    """A copy of a run's checkpoint, only that its model has dropout."""
+    ckpt = load_checkpoint(folder)
+    ckpt["model_config"]["dropout"] = 0.5
+    out.mkdir()
+    torch.save(ckpt, out / "ckpt.pt")
+    return str(out)
 
 
 def collect(road, tmp_path, **changes):
