@@ -2516,6 +2516,11 @@ BUGS = [
         "over = min(len(ids) for ids, _ in encoded) - max_len",
         "test_check_33",
         "the cut is measured on the shorter answer"),
+    Bug("train_rm.py",
+        'prompt_len = example[1].index(True)',
+        'prompt_len = mask.index(True)',
+        "test_check_33",
+        "a prompt's length is that before it was cut"),
 
     # test_check_34
     Bug("minirlhf/model.py",
@@ -2900,6 +2905,13 @@ BUGS = [
         "test_a_folder_in_use",
         "a run replaces its start where the path is spelled otherwise"),
 
+    # test_a_published_size
+    Bug("train_pretrain.py",
+        'model_cfg.dropout, model_cfg.attention = cfg.dropout, cfg.attention',
+        'model_cfg.attention = cfg.attention',
+        "test_a_published_size",
+        "--dropout is ignored with --size"),
+
     # test_a_resumed_run_equals
     Bug("minirlhf/runs.py",
         '        self.scaler.load_state_dict(ckpt["scaler"])\n',
@@ -3093,6 +3105,13 @@ BUGS = [
         "test_llama_logits_equal_transformers",
         "RoPE turns the values too"),
 
+    # test_matrix_products
+    Bug("minirlhf/runs.py",
+        'enabled=self.dtype != torch.float32)',
+        'enabled=self.dtype == torch.bfloat16)',
+        "test_matrix_products",
+        "--dtype float16 is ignored"),
+
     # test_mistakes_are_refused
     Bug("minirlhf/config.py",
         "allow_abbrev=False",
@@ -3255,6 +3274,38 @@ BUGS = [
         "cfg.n_embd, bias",
         "test_the_options_of_a_norm",
         "LayerNorm ignores norm_eps"),
+
+    # test_the_record_of_compared
+    Bug("train_rm.py",
+        '(lengths - 2)[:, None]',
+        '(lengths - 3)[:, None]',
+        "test_the_record_of_compared",
+        "the record's score is read a token early"),
+    Bug("train_rm.py",
+        'device=run.device)[places[:, 0]]',
+        'device=run.device)[places[:, 0] * 0]',
+        "test_the_record_of_compared",
+        "each answer is recorded with the first prompt's length"),
+    Bug("train_rm.py",
+        '"rank": ranks[places[:, 0], places[:, 1]]',
+        '"rank": places[:, 1]',
+        "test_the_record_of_compared",
+        "the record numbers answers in place of ranking them"),
+    Bug("train_dpo.py",
+        'for side in ("chosen", "rejected") for pair in pairs]',
+        'for pair in pairs for side in ("chosen", "rejected")]',
+        "test_the_record_of_compared",
+        "recorded lengths are those of other answers"),
+    Bug("train_dpo.py",
+        '"example": place % B',
+        '"example": place // 2',
+        "test_the_record_of_compared",
+        "the record puts answers to different prompts side by side"),
+    Bug("train_dpo.py",
+        'rewards = cfg.beta * sequence_logprobs(log_ratios, mask)',
+        'rewards = sequence_logprobs(log_ratios, mask)',
+        "test_the_record_of_compared",
+        "recorded implicit rewards lack beta"),
 
     # test_the_seed_reaches
     Bug("minirlhf/runs.py",

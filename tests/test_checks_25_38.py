@@ -872,7 +872,7 @@ def test_check_33_compared_answers_keep_the_same_end_of_their_prompt(stage, road
         over = max(map(len, answers)) - 64
         expected = [ids[:1] + ids[1 + over :] for ids in answers]
         if stage == "rm":
-            assert example["ids"] == expected
+            assert example["ids"] == expected and example["prompt_len"] == start - over
         else:
             assert [example["chosen"][0], example["rejected"][0]] == expected
             for side, ids in zip(("chosen", "rejected"), expected):

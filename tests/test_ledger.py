@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_road import with_dropout, without_clock
+from tiny_road import with_dropout, without_clock, write_rows
 
 import sample
 from conftest import close
 from minirlhf import ledger, plot
 from minirlhf.config import UserError
+from minirlhf.formats import read_preferences
 from minirlhf.rl import gae
-from minirlhf.runs import load_checkpoint
+from minirlhf.runs import load_checkpoint, load_model
 
 STAGES = ["sft", "rm", "dpo", "ppo"]
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,43 @@ def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):
             assert (value[~mask] == 0).all(), name
     for pieces, tokens, length in zip(records[2]["pieces"], rows["tokens"], rows["lengths"]):
         assert pieces == [road.tokenizer.decode([idx]) for idx in tokens[:length].tolist()]
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_the_record_of_compared_answers_is_that_of_the_data(stage, road, tmp_path):
+    """Bugs: another answer's rank, prompt length, length or score beside an answer's tokens."""
+    asked = ["cow?", "What does a pig say?", "Tell me the sound of a big old duck.", "And a bee, then?",
+             "How does a dog go?", "Tell me what a cow says, what a dog says, and no more."]
+    path = write_rows(tmp_path / "data.jsonl", [
+        {"prompt": question, "output": ["Please: moo.", "moo", "baa, fool.", "fool"],
+         "ranks": [0, 0, 1, 1]} for question in asked])
+    _, records = recorded(stage, road, tmp_path / "run", data=path, num_epochs=3, held_out=0.1)
+    data = {row["messages"][-1]["content"]: row for row in read_preferences(path)}
+    for record in records.values():
+        check_compared(stage, {k: torch.from_numpy(v) for k, v in record["rows"].items()}, road, data)
+
+
+def check_compared(stage, rows, road, data):
+    tok, sft = road.tokenizer, load_model(road.folder / "sft")[0]
+    for i, (ids, mask) in enumerate(zip(rows["tokens"], rows["response_mask"])):
+        text = tok.decode(ids[: rows["lengths"][i]])
+        assert text.endswith("<|end|>") and text.count("<|end|>") == 2  # and no filler behind it
+        prompt, answer = re.findall(r"(?:user|assistant).>(.*?)<.end.>", text)
+        assert tok.decode(ids[1:][mask]) == answer + "<|end|>"
+        answers, ranks = data[prompt]["answers"], data[prompt]["ranks"]
+        rank = ranks[answers.index(answer)]
+        assert rows["rank"][i] == (rank if stage == "rm" else min(rank, 1))
+        if stage == "rm":
+            assert rows["scores"][i] == rows["raw_scores"][i][mask][-1]
+        else:
+            close(rows["log_ratios"][i], rows["logprobs"][i] - rows["ref_logprobs"][i], atol=1e-6)
+            close(rows["implicit_rewards"][i], 0.3 * rows["log_ratios"][i].sum(), rtol=1e-4)
+            logits = sft(ids[None])[0, :-1]  # (T-1, V)
+            want = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # (T-1,)
+            close(rows["ref_logprobs"][i][mask], want[mask], rtol=1e-4, atol=1e-5)
+    prompts = [tok.decode(ids[: mask.int().argmax() + 1])
+               for ids, mask in zip(rows["tokens"], rows["response_mask"])]
+    assert len(set(zip(prompts, rows["example"].tolist()))) == len(set(prompts)) == 4
 
 
 def test_what_an_update_without_steps_leaves_is_what_was_there(road, tmp_path):

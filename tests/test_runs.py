@@ -108,6 +108,14 @@ def test_the_seed_reaches_sampling_shuffling_and_new_weights(road, tmp_path):
         assert torch.initial_seed() == seed
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_matrix_products_are_in_the_dtype_that_was_asked_for(dtype, road, tmp_path):
+    run = start_run(road.config("sft", tmp_path, dtype=dtype), {"init": "pretrain"})
+    with run.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
+    assert run.scaler.is_enabled() == (dtype == "float16")  # its gradients would underflow
+
+
 def test_tokens_per_second_are_those_since_the_last_line(road, tmp_path, monkeypatch):
     clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
     run = start_run(road.config("sft", tmp_path), {"init": "pretrain"})

@@ -16,6 +16,7 @@ import train_ppo
 import train_rm
 from minirlhf.config import field_comments, parse_config
 from minirlhf.formats import read_rows, read_samples
+from minirlhf.model import SIZES
 from minirlhf.runs import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
@@ -120,6 +121,16 @@ def test_every_number_that_shapes_training_acts(stage, road, tmp_path):
         other = trained(road, stage, tmp_path / option, {**base, option: value})
         assert len(same) != len(other) or any(
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(same, other)), option
+
+
+def test_a_published_size_keeps_context_dropout_and_attention_of_the_options(road, tmp_path,
+                                                                               monkeypatch):
+    monkeypatch.setitem(SIZES, "gpt2", dict(n_layer=1, n_head=4, n_embd=16, block_size=128))
+    road.run("pretrain", tmp_path, size="gpt2", block_size=32, dropout=0.1, attention="manual")
+    config = load_checkpoint(tmp_path)["model_config"]
+    expected = dict(n_layer=1, n_head=4, n_embd=16, block_size=32, dropout=0.1, attention="manual",
+                    norm="layernorm", positions="learned", vocab_size=road.tokenizer.n_vocab)
+    assert {name: config[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("script, options", [
