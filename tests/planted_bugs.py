@@ -227,6 +227,11 @@ BUGS = [
         "    return total / count",
         "test_check_03",
         "after the first evaluation training goes on without dropout"),
+    Bug("train_pretrain.py",
+        '    model.eval()\n',
+        '',
+        "test_check_03",
+        "pretraining's held-out loss is taken under dropout"),
 
     # test_check_04
     Bug("train_ppo.py",
@@ -976,6 +981,11 @@ BUGS = [
         'ids[: mask.index(True)]',
         "test_check_14",
         "SFT's samples answer the first turn of a dialogue"),
+    Bug("train_rm.py",
+        'for start in range(0, len(prompts), cfg.batch_size):',
+        'for start in range(0, len(prompts) - 1, cfg.batch_size):',
+        "test_check_14",
+        "a last batch of one prompt is left out of the scores' scale"),
 
     # test_check_15
     Bug("minirlhf/rl.py",
@@ -3230,6 +3240,13 @@ BUGS = [
         "test_scaled_initialisation",
         "the MLP's way back to the stream does not start smaller"),
 
+    # test_several_texts
+    Bug("train_pretrain.py",
+        'cfg.text.split(",") for d',
+        'cfg.text.split(",")[:1] for d',
+        "test_several_texts",
+        "only the first text file is read"),
+
     # test_special_tokens_cannot
     Bug("minirlhf/tokenizer.py",
         'return self.encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)',
@@ -3255,6 +3272,13 @@ BUGS = [
         're.sub(r"\\n\\n+", "\\n", text.strip())',
         "test_text_files",
         "a line of spaces splits one document into two"),
+
+    # test_the_terminal_shows
+    Bug("minirlhf/ledger.py",
+        'line += paint("  yes", "1", colour) if clipped[i - 1]',
+        'line += paint("  yes", "1", colour) if clipped[min(i, len(clipped) - 1)]',
+        "test_the_terminal_shows",
+        "the column of clipped tokens is a token late"),
 
     # test_the_nucleus_is_that
     Bug("minirlhf/generate.py",
@@ -3306,6 +3330,11 @@ BUGS = [
         'rewards = sequence_logprobs(log_ratios, mask)',
         "test_the_record_of_compared",
         "recorded implicit rewards lack beta"),
+    Bug("minirlhf/ledger.py",
+        'places.sort(key=lambda i: rows["rank"][i] if "rank" in rows else 0)',
+        'pass',
+        "test_the_record_of_compared",
+        "best and worst are the first and the last in the file"),
 
     # test_the_seed_reaches
     Bug("minirlhf/runs.py",

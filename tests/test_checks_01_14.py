@@ -260,10 +260,14 @@ def test_check_03_rollout_and_update_switch_dropout_off_by_themselves(road, tmp_
         assert torch.equal(plain, other) if isinstance(plain, torch.Tensor) else plain == other
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
 def test_check_03_an_evaluation_is_without_dropout_and_gives_the_mode_back(stage, road, tmp_path,
                                                                           dropouts):
-    _, rows, run = start(stage, road, tmp_path)
+    if stage == "pretrain":
+        run = start_run(road.config(stage, tmp_path / stage), {})
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text()))
+    else:
+        _, rows, run = start(stage, road, tmp_path)
     plain, dropout = (road.folder / "rm", dropouts["reward_model"]) if stage == "rm" else (
         road.folder / "sft", dropouts["init"])
     models = [build_model(load_checkpoint(folder)).train() for folder in (plain, dropout)]
@@ -915,10 +919,11 @@ def test_check_14_what_is_sampled_continues_the_template_with_the_answer_open(ro
     assert sorted(asked) == sorted(prompts)
     assert [ids[:p] for ids, p in zip(sequences("ppo", rollout), rollout["prompt_lens"])] == asked
 
-    calls = spy(monkeypatch, train_rm, "measure_scores")
-    road.run("rm", tmp_path / "rm", num_normalize=40)
-    [((_, _, asked, *_), _)] = calls
-    assert len(asked) == 36 and all(one in prompts for one in asked)
+    calls = spy(monkeypatch, train_rm, "generate")
+    road.run("rm", tmp_path / "rm", num_normalize=33, batch_size=8)
+    assert [len(asked) for (_, asked, *_), _ in calls] == [8, 8, 8, 8, 1]  # and none is left out
+    asked = [one for (_, batch, *_), _ in calls for one in batch]
+    assert all(one in prompts for one in asked) and len(set(map(tuple, asked))) == 33
 
     model, _, run = start("sft", road, tmp_path)
     shown = []

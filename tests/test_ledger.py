@@ -128,6 +128,11 @@ def check_compared(stage, rows, road, data):
     prompts = [tok.decode(ids[: mask.int().argmax() + 1])
                for ids, mask in zip(rows["tokens"], rows["response_mask"])]
     assert len(set(zip(prompts, rows["example"].tolist()))) == len(set(prompts)) == 4
+    record = {"rows": {name: value.flip(0).numpy() for name, value in rows.items()}}
+    for example in range(4):  # whatever their order in the file
+        ranks = [record["rows"]["rank"][ledger.find_row(record, example, worst)]
+                 for worst in (False, True)]
+        assert ranks == [0, 1]
 
 
 def test_what_an_update_without_steps_leaves_is_what_was_there(road, tmp_path):
@@ -151,11 +156,15 @@ def test_an_overwritten_run_leaves_no_old_steps(road, tmp_path):
 
 
 def test_the_terminal_shows_a_line_a_token_within_110_columns(road, tmp_path, capsys):
-    _, records = recorded("ppo", road, tmp_path)
+    _, records = recorded("ppo", road, tmp_path, lr=3e-3, num_epochs=3, stop_kl=0.0)
+    rows = records[2]["rows"]
+    # Some of its tokens are clipped, others not.
+    row = next(row for row in range(4) if len(set(
+        rows["clipped"][row][rows["response_mask"][row]].tolist())) == 2)
     capsys.readouterr()
-    ledger.main([str(tmp_path), "--step", "2", "--row", "3"])
+    ledger.main([str(tmp_path), "--step", "2", "--row", str(row)])
     lines = capsys.readouterr().out.splitlines()
-    pieces, rows = records[2]["pieces"][3], records[2]["rows"]
+    pieces = records[2]["pieces"][row]
     assert max(map(len, lines)) <= 110
     for word in ("logprob", "ref", "kl", "reward", "value", "advant.", "whitened", "return",
                  "ratio", "clip"):
@@ -163,15 +172,16 @@ def test_the_terminal_shows_a_line_a_token_within_110_columns(road, tmp_path, ca
     shown = [line for line in lines if re.match(r" +\d+ ", line)]
     assert len(shown) == len(pieces)
     assert [("response" in line) for line in shown[1:]] == (
-        rows["response_mask"][3][: len(pieces) - 1].tolist())
-    last = shown[-1].split()
-    assert last[-1] in ("yes", "no")
+        rows["response_mask"][row][: len(pieces) - 1].tolist())
+    last, mask = shown[-1].split(), rows["response_mask"][row]
+    clipped = [line.split()[-1] == "yes" for line in shown if "response" in line]
+    assert clipped == rows["clipped"][row][mask].tolist()
     numbers = [float(word) for word in last[3:-1]]
     for value, name in zip(numbers, ("logprobs", "ref_logprobs", "kl", "rewards", "values",
                                      "advantages", "whitened_advantages", "returns", "ratio")):
-        assert value == pytest.approx(rows[name][3][len(pieces) - 2], abs=5.1e-4), name
+        assert value == pytest.approx(rows[name][row][len(pieces) - 2], abs=5.1e-4), name
     (total,) = [line.split() for line in lines if line.startswith("sum ")]
-    assert float(total[6]) == pytest.approx(rows["rewards"][3].sum(), abs=5.1e-4)
+    assert float(total[6]) == pytest.approx(rows["rewards"][row].sum(), abs=5.1e-4)
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])

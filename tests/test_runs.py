@@ -114,6 +114,7 @@ def test_matrix_products_are_in_the_dtype_that_was_asked_for(dtype, road, tmp_pa
     with run.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
     assert run.scaler.is_enabled() == (dtype == "float16")  # its gradients would underflow
+    assert run.scaler.get_scale() == (1024 if dtype == "float16" else 1)  # more would overflow
 
 
 def test_tokens_per_second_are_those_since_the_last_line(road, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import sample
 import speedrun
 import train_dpo
 import train_ppo
+import train_pretrain
 import train_rm
 from minirlhf.config import field_comments, parse_config
 from minirlhf.formats import read_rows, read_samples
@@ -121,6 +122,25 @@ def test_every_number_that_shapes_training_acts(stage, road, tmp_path):
         other = trained(road, stage, tmp_path / option, {**base, option: value})
         assert len(same) != len(other) or any(
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(same, other)), option
+
+
+def test_the_seed_chooses_the_text_of_pretraining(road, tmp_path, monkeypatch):
+    starts, blocks = [], train_pretrain.random_blocks
+    monkeypatch.setattr(train_pretrain, "random_blocks",
+                        lambda *args: starts.append(blocks(*args)) or starts[-1])
+    for seed in (0, 1):
+        road.run("pretrain", tmp_path / str(seed), seed=seed)
+    assert not torch.equal(*starts)
+
+
+def test_several_texts_are_read_one_after_the_other(road, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("The owl is on the wall.\n" * 300)
+    for text in (f"{road.text}", f"{other}", f"{road.text},{other}"):
+        road.run("pretrain", tmp_path / f"run_{len(text)}", text=text)
+    tokens = [int(line.split()[2].replace(",", "")) for line in capsys.readouterr().out.splitlines()
+              if line.startswith("data")]
+    assert tokens[2] == pytest.approx(tokens[0] + tokens[1], abs=3)  # and the blank line between
 
 
 def test_a_published_size_keeps_context_dropout_and_attention_of_the_options(road, tmp_path,

@@ -29,6 +29,7 @@ def test_bootstrap_of_a_normal_sample_is_the_textbook_interval():
     assert low == pytest.approx(mean - half, abs=0.1 * half)
     assert high == pytest.approx(mean + half, abs=0.1 * half)
     assert bootstrap(values) == (low, high)  # its own seed: the same table every time
+    assert bootstrap(values, seed=1) != (low, high)
 
 
 def test_bootstrap_of_equal_values_has_no_width():
