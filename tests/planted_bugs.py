@@ -2908,6 +2908,18 @@ BUGS = [
         "test_a_checkpoint_of_another",
         "two vocabularies of one size are mixed"),
 
+    # test_a_chat_forgets
+    Bug("sample.py",
+        'tokenizer.encode_prompt(start + turns)) > room',
+        'tokenizer.encode_prompt(turns)) > room',
+        "test_a_chat_forgets",
+        "a chat forgets to count its system message"),
+    Bug("sample.py",
+        '> room:',
+        '> room + 1:',
+        "test_a_chat_forgets",
+        "a chat's answer loses a token of its room"),
+
     # test_a_folder_in_use
     Bug("minirlhf/runs.py",
         'if out.resolve() == Path(getattr(cfg, name)).resolve():',
@@ -2972,6 +2984,13 @@ BUGS = [
         "",
         "test_a_resumed_run_equals",
         "dropout's random state is lost when a run goes on"),
+
+    # test_a_samples_log
+    Bug("sample.py",
+        '/ (cfg.temperature or 1.0)',
+        '/ 1.0',
+        "test_a_samples_log",
+        "a sample's log-probs are those at temperature 1"),
 
     # test_a_scalar_model_speaks
     Bug("minirlhf/model.py",
@@ -3232,6 +3251,18 @@ BUGS = [
         "temperature, 0, top_p, generator)\n        for i",
         "test_sample_prompts_passes",
         "samples for many prompts ignore top_k"),
+
+    # test_sample_passes_its
+    Bug("sample.py",
+        'num_samples, cfg.batch_size, cfg.top_k, cfg.top_p)',
+        'num_samples, cfg.batch_size, cfg.top_k)',
+        "test_sample_passes_its",
+        "sample.py ignores --top_p"),
+    Bug("sample.py",
+        'rows = rows[: cfg.limit or None]',
+        'rows = rows[-cfg.limit :]',
+        "test_sample_passes_its",
+        "sample.py answers the last prompts, not the first"),
 
     # test_scaled_initialisation
     Bug("minirlhf/model.py",

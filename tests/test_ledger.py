@@ -242,6 +242,17 @@ def test_samples_have_a_ledger_too(road, tmp_path):
     assert (record["batch"]["entropy"] > 0).all()
 
 
+def test_a_samples_log_probs_are_those_at_its_temperature(road, tmp_path):
+    sample.main(sample.Config(model=str(road.folder / "sft"), prompt="cow?", temperature=0.6,
+                              ledger=str(tmp_path), max_new_tokens=8, dtype="float32"))
+    rows = {k: torch.from_numpy(v)[0] for k, v in ledger.load(tmp_path, 1)["rows"].items()}
+    logits = load_model(road.folder / "sft")[0](rows["tokens"][None])[0, :-1] / 0.6  # (T-1, V)
+    logprobs, mask = logits.log_softmax(-1), rows["response_mask"]
+    close(rows["logprobs"][mask], logprobs.gather(1, rows["tokens"][1:, None])[:, 0][mask],
+          rtol=1e-4, atol=1e-5)
+    close(rows["entropy"][mask], -(logprobs.exp() * logprobs).sum(1)[mask], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_heat_map_of_one_sequence(stage, road, tmp_path):
     recorded(stage, road, tmp_path)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_road import SCRIPTS, finite, without_clock, write_rows
+from tiny_road import PROMPTS, SCRIPTS, chat, finite, without_clock, write_rows
 
 import evaluate
 import sample
@@ -267,6 +267,37 @@ def test_chat_holds_a_conversation_of_several_turns(road, capsys, monkeypatch):
     assert first.count("<|user|>") == 1 and second.count("<|user|>") == 2
     assert "cow?" in second and "cow?" not in last and len(prompts[-1]) <= 64 - 12
     assert last.startswith("<|begin|><|user|>")
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_chat_forgets_its_oldest_exchange_only_where_the_context_is_full(system, road, capsys,
+                                                                          monkeypatch):
+    """An answer may take all of max_new_tokens, and a conversation may fill the rest to the last."""
+    tok, asked, said = road.tokenizer, [], ["cow?", "dog?", "pig?"]
+    monkeypatch.setattr(sample, "respond", lambda model, prompts, *a, **k: (
+        asked.append(prompts[0]) or [[(tok.encode("moo") + [tok.end_id], True)]]))
+    start = [{"role": "system", "content": system}] if system else []
+    whole = [tok.encode_prompt(start + chat("cow?", "moo", "dog?", "moo", "pig?")[at:])
+             for at in (0, 2)]
+    for room, expected in ((len(whole[0]), whole[0]), (len(whole[0]) - 1, whole[1])):
+        lines = iter([*said, ""])
+        monkeypatch.setattr("builtins.input", lambda shown: next(lines))
+        block_size = load_checkpoint(road.folder / "sft")["model_config"]["block_size"]
+        sample.main(sample.Config(model=str(road.folder / "sft"), chat=True, system=system,
+                                  max_new_tokens=block_size - room))
+        assert asked[-1] == expected
+
+
+def test_sample_passes_its_options_on(road, tmp_path, capsys):
+    greedy = sampled(road, capsys, prompt="What does a cow say?", temperature=0.0)
+    for option in (dict(top_k=1), dict(top_p=1e-6)):
+        assert sampled(road, capsys, prompt="What does a cow say?", **option) == greedy
+    out = sampled(road, capsys, prompts=road.prompts, save=str(tmp_path / "s.jsonl"), limit=3,
+                  num_samples=2)
+    rows = read_samples(tmp_path / "s.jsonl")
+    assert [row["messages"][0]["content"] for row in rows] == [q for q, _ in PROMPTS[:3]]
+    ended = [answer["ended"] for row in rows for answer in row["samples"]]
+    assert f"6 samples of 3 prompts, {100 * sum(ended) / 6:.1f}% ended" in out
 
 
 def test_chat_ends_with_the_input(road, monkeypatch, capsys):
