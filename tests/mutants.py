@@ -32,12 +32,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Verdict:
-    """A pytest plugin that remembers the failures: [(test, a line of why, whether it is a kill)]."""
+    """A pytest plugin that remembers the failures: [(test, a line of why, whether it is a kill)].
 
-    def __init__(self, tree):
-        self.tree, self.failures, self.passed = tree, [], 0
+    seconds: how long each test takes, {node id: seconds}; the quick ones run first.
+    """
+
+    def __init__(self, tree, seconds):
+        self.tree, self.seconds, self.failures, self.passed = tree, seconds, [], 0
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
 
     def pytest_runtest_makereport(self, item, call):
+        if call.when == "call":
+            self.seconds[item.nodeid] = call.duration
         if call.excinfo is None:
             self.passed += call.when == "call"
         elif not call.excinfo.errisinstance(pytest.skip.Exception):
@@ -65,11 +73,11 @@ def tests_of(name, tree):
                   if re.search(rf"^def {name}", path.read_text(), re.M))
 
 
-def run_tests(tree, *names):
+def run_tests(tree, *names, seconds=()):
     """Run the tests whose names begin so (all tests, if none is given) in a fork of this process.
 
     The fork changes into the tree and imports the project from there, which this process has not.
-    Returns (failures, how many tests passed); see Verdict.
+    Returns (failures, how many tests passed, seconds); see Verdict.
     """
     files = sorted({file for name in names for file in tests_of(name, tree)})
     reader, writer = os.pipe()
@@ -82,7 +90,7 @@ def run_tests(tree, *names):
             sys.path[:0] = [str(tree), str(tree / "tests")]
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1), os.dup2(quiet, 2)
-            verdict = Verdict(tree)
+            verdict = Verdict(tree, dict(seconds))
             # A survivor of its own test meets all the others, but neither this command's own tests
             # nor those of the notebooks, which fail at any change of what they import.
             choice = (["-k", " or ".join(names)] if names else
@@ -90,7 +98,7 @@ def run_tests(tree, *names):
             pytest.main(["-q", "-p", "no:cacheprovider", *(files or [str(tree / "tests")]),
                          *choice], plugins=[verdict])
             with os.fdopen(writer, "wb") as pipe:
-                pickle.dump((verdict.failures, verdict.passed), pipe)
+                pickle.dump((verdict.failures, verdict.passed, verdict.seconds), pipe)
             status = 0
         finally:
             os._exit(status)
@@ -98,7 +106,7 @@ def run_tests(tree, *names):
     with os.fdopen(reader, "rb") as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
-    return pickle.loads(answer) if answer else ([("?", "the process died", False)], 0)
+    return pickle.loads(answer) if answer else ([("?", "the process died", False)], 0, {})
 
 
 def plant(bug, tree):
@@ -122,16 +130,16 @@ def stale(bug):
     return ""
 
 
-def try_bug(bug, tree):
+def try_bug(bug, tree, seconds):
     """'' if the bug's own test kills it, else what happened."""
     right = plant(bug, tree)
     try:
-        failures, _ = run_tests(tree, bug.test)
+        failures, *_ = run_tests(tree, bug.test, seconds=seconds)
         if any(kill for _, _, kill in failures):
             return ""
         if failures:
             return f"fails, but by no assertion of a test: {failures[0][0]}: {failures[0][1]}"
-        failures, _ = run_tests(tree)
+        failures, *_ = run_tests(tree, seconds=seconds)
         others = f"only {failures[0][0]} fails" if failures else "no test at all fails"
         return f"survives {bug.test}; {others}"
     finally:
@@ -173,14 +181,14 @@ def main(argv=None):
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(
             ".git", "out", "__pycache__", ".hypothesis", ".pytest_cache", "*.png", "*.txt"))
         os.environ["MINIRLHF_ROAD"] = str(Path(folder) / "road")  # tiny models, trained only once
-        failures, passed = run_tests(tree, *sorted({bug.test for bug in bugs}))
+        failures, passed, seconds = run_tests(tree, *sorted({bug.test for bug in bugs}))
         if failures or not passed:
             print(f"WITHOUT any bug: {failures or 'no test ran'}")
             return 1
         print(f"without a bug all {passed} tests pass", flush=True)
         survivors = 0
         for bug in bugs:
-            why = try_bug(bug, tree)
+            why = try_bug(bug, tree, seconds)
             survivors += bool(why)
             print(f"{'SURVIVES' if why else 'killed  '}  {bug.test.removeprefix('test_'):10} "
                   f"{bug.file}: {bug.story}" + (f"\n          {why}" if why else ""), flush=True)

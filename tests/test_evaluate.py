@@ -1,0 +1,230 @@
+"""evaluate.py: every number of its tables, worked out by hand or by a second, slower way."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_road import PROMPTS
+
+import evaluate
+from conftest import close
+from minirlhf.formats import read_samples
+from minirlhf.runs import load_function, load_model
+from minirlhf.stats import wilson
+
+TOOLS = '''
+def judge(row, response, ended):
+    return {"score": len(response) + 100.0 * ended, "polite": "Please" in response}
+
+
+def plain_prompt(messages, few_shot=False):
+    return few_shot * "Ann: hen?\\nBen: cluck.\\n" + "Ann: " + messages[-1]["content"] + "\\nBen:"
+'''
+
+
+# ---------------------------------------------------------------- the reward model against rankings
+
+def test_accuracy_ceiling_and_parts_by_hand(monkeypatch):
+    """The first of four answers is ranked above the others, which tie; nobody knows of two more."""
+    rows = [{"messages": [], "answers": ["a a a a", "bb", "ccc", "ddd"], "ranks": [0, 1, 1, 1],
+             "meta": {"gold": [2.0, 1.0, 1.0, 3.0], "temperature": 0.5,
+                      "parts": [{"fact": 2, "tone": 0}, {"fact": 1, "tone": 0},
+                                {"fact": 1, "tone": 1}, {"fact": 3, "tone": 0}]}},
+            {"messages": [], "answers": ["x yy z", "wwwwww"], "ranks": [0, 1], "meta": {}}]
+    scores = [1.0, 1.0, 0.0, 2.0, 5.0, 4.0]  # right: half, yes, no; and yes
+    monkeypatch.setattr(evaluate, "score_sequences", lambda model, sequences, ev: scores)
+    monkeypatch.setattr(evaluate, "encode_answer", lambda tokenizer, messages, text: ([0], [True]))
+
+    class Rows:
+        preferences, reward_model = rows, None
+
+    found = evaluate.measure_reward_model(Rows, None)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    ceiling = (2 * sigmoid(1 / 0.5) + sigmoid(1 / 0.5)) / 3  # a differs from b, c, d by 1, 1, -1
+    expected = {"pairs": 4, "accuracy": 2.5 / 4, "longer_is_better": 3.5 / 4, "ceiling": ceiling,
+                "share_of_ceiling": (2.5 / 4 - 0.5) / (ceiling - 0.5)}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    # Only in their facts differ a and b (a tie of scores), a and d (gold says d, and so the model).
+    assert found["only"] == {"fact": {"pairs": 2, "accuracy": 0.75}}
+
+
+# ---------------------------------------------------------------- a player's means
+
+def verdict(score, refused, over, correct):
+    return {"score": score, "correct": correct, "refused": refused, "over_refused": over}
+
+
+def test_a_players_means_and_rates_by_hand():
+    rows = [{"meta": {"task": dict(unsafe=False, lookalike=False, skill="sum")}},
+            {"meta": {"task": dict(unsafe=True, lookalike=False, skill="unsafe")}},
+            {"meta": {"task": dict(unsafe=False, lookalike=True, skill="kill time")}}]
+    said = lambda text, ended=True: {"text": text, "ids": [1, 2, 3], "ended": ended}
+    player = {
+        "answers": [[said("four"), said("It is four.")], [said("no"), said("yes", False)],
+                    [said("no"), said("a b c d e")]],
+        "verdicts": [[verdict(1.0, False, False, 0.0), verdict(2.0, False, False, 1.0)],
+                     [verdict(3.0, True, False, 0.0), verdict(4.0, False, False, 0.0)],
+                     [verdict(5.0, True, True, 0.0), verdict(9.0, True, False, 0.0)]],
+        "rewards": [[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]], "kl": 0.7}
+
+    class Rows:
+        pass
+
+    Rows.rows = rows
+    found = evaluate.summary(player, Rows)
+    means = {"score": 4.0, "words": 12 / 6, "ended": 5 / 6, "correct": 1 / 6, "reward": 3.0,
+             "kl": 0.7}
+    assert {name: found[name] for name in means} == pytest.approx(means)
+    for name, count, of in (("refused", 3, 6), ("over_refused", 1, 6), ("unsafe_refused", 1, 2),
+                            ("lookalike_refused", 1, 2), ("right", 1, 4)):
+        low, high = wilson(count, of)
+        assert found[name] == pytest.approx(
+            {"count": count, "of": of, "share": count / of, "low": low, "high": high}), name
+    assert found["right_by_skill"] == {"sum": 0.5, "kill time": 0.0}
+
+
+# ---------------------------------------------------------------- a whole evaluation
+
+@pytest.fixture(scope="module")
+def walked(road, tmp_path_factory):
+    """An evaluation of a DPO model, and all that it wrote: (cfg, results, {player: rows})."""
+    out = tmp_path_factory.mktemp("evaluation")
+    (out / "tools.py").write_text(TOOLS)
+    road.run("dpo", out / "dpo", lr=1e-3, num_epochs=3)
+    cfg = evaluate.Config(
+        models=str(out / "dpo"), against=str(road.folder / "sft"), max_new_tokens=8, best_of=3,
+        base=str(road.folder / "pretrain"), plain=f"{out / 'tools.py'}:plain_prompt",
+        judge=f"{out / 'tools.py'}:judge", reward_model=str(road.folder / "rm"), limit=30,
+        prompts=road.prompts, out=str(out / "eval"), dtype="float32", courtesy="Please: ")
+    results = evaluate.main(cfg)
+    rows = {name: read_samples(out / "eval" / f"{name.replace(' ', '_')}.jsonl")
+            for name in results["players"]}
+    return cfg, results, rows
+
+
+def test_each_player_answers_each_prompt_in_order(walked):
+    cfg, results, rows = walked
+    assert json.loads((evaluate.Path(cfg.out) / "results.json").read_text()) == results
+    for name, its_rows in rows.items():
+        assert [row["messages"][0]["content"] for row in its_rows] == [q for q, _ in PROMPTS[:30]]
+    texts = {name: [row["samples"][0]["text"] for row in its_rows]
+             for name, its_rows in rows.items()}
+    assert texts["wrapper"] == ["Please: " + text for text in texts["sft"]]
+    assert set(texts["refuse all"]) == {cfg.refusal}
+    assert not any("\n" in text or text != text.strip() for text in texts["base few-shot"])
+    assert texts["sft"] != texts["sft greedy"] != texts["best of 3"]
+    assert results["players"]["best of 3"]["reward"] > results["players"]["sft"]["reward"]
+    assert texts["dpo"] != texts["dpo greedy"]
+
+
+def test_each_answer_has_the_judges_score_with_its_end(walked):
+    cfg, results, rows = walked
+    judge, unended = load_function(cfg.judge), 0
+    for name, its_rows in rows.items():
+        samples = [row["samples"][0] for row in its_rows]
+        unended += sum(not s["ended"] for s in samples)
+        assert [s["score"] for s in samples] == [
+            judge(None, s["text"], s["ended"])["score"] for s in samples]
+        assert results["players"][name]["score"] == pytest.approx(
+            sum(s["score"] for s in samples) / 30)
+    assert unended > 0
+
+
+def test_each_comparison_counts_its_first_players_wins(walked, capsys):
+    _, results, rows = walked
+    expected = {"sft over base few-shot", "dpo over sft", "dpo greedy over sft greedy",
+                *(f"{a} over {b}" for a, b in [
+                    (a, b) for b in ("sft greedy", "wrapper", "refuse all", "best of 3")
+                    for a in ("dpo",)] + [(a, "sft") for a in (
+                        "sft greedy", "wrapper", "refuse all", "best of 3")])}
+    assert set(results["comparisons"]) == expected
+    evaluate.print_results(results, "somebody")
+    printed = capsys.readouterr().out
+    assert "scored by somebody" in printed
+    for name, found in results["comparisons"].items():
+        a, b = ([row["samples"][0]["score"] for row in rows[player]]
+                for player in name.split(" over "))
+        wins, losses = (sum(x > y for x, y in zip(*pair)) / 30 for pair in ((a, b), (b, a)))
+        assert (found["wins"], found["losses"]) == pytest.approx((wins, losses)), name
+        assert found["rate"] == pytest.approx(wins + (1 - wins - losses) / 2)
+        (line,) = [line for line in printed.splitlines() if line.startswith(name + "  ")]
+        assert line.split()[-6:-3] == [f"{wins:.1%}", f"{1 - wins - losses:.1%}", f"{losses:.1%}"]
+
+
+# ---------------------------------------------------------------- its parts
+
+def evaluator(road, tmp_path, **options):
+    (tmp_path / "tools.py").write_text(TOOLS)
+    return evaluate.Evaluator(evaluate.Config(**{**dict(
+        prompts=road.prompts, reward_model=str(road.folder / "rm"), dtype="float32", batch_size=3,
+        max_new_tokens=8, against=str(road.folder / "sft"), models="", plain=str(
+            tmp_path / "tools.py") + ":plain_prompt", best_of=0), **options}))
+
+
+def test_the_kl_is_the_mean_of_the_models_log_ratios_over_its_own_answers(road, tmp_path):
+    """Sign, direction, filler, and one number a response: against a loop over single answers."""
+    road.run("dpo", tmp_path / "dpo", lr=1e-3, num_epochs=3)
+    ev = evaluator(road, tmp_path, models=str(tmp_path / "dpo"))
+    players, tok = evaluate.collect_players(ev.cfg, ev)
+    models = [load_model(folder)[0] for folder in (tmp_path / "dpo", road.folder / "sft")]
+    total = 0.0
+    for row, [answer] in zip(ev.rows, players["dpo"]["answers"]):
+        prompt = tok.encode_prompt(row["messages"])
+        ids = torch.tensor([prompt + answer["ids"]])
+        p, q = (model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+                .sum().item() for model in models)
+        total += p - q
+    assert players["dpo"]["kl"] == pytest.approx(total / len(ev.rows), rel=1e-4)
+    assert abs(players["dpo"]["kl"]) > 0.1 and players["sft"]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_rewards_are_normalised_scores_of_prompt_answer_and_end_in_order(road, tmp_path):
+    ev = evaluator(road, tmp_path)
+    model, tok = load_model(road.folder / "rm", "scalar")
+    said = [["moo", "Please: moo. Please: moo."], ["woof, fool."]]
+    answers = [[{"ids": tok.encode(text) + [tok.end_id]} for text in texts] for texts in said]
+    ev.rows = ev.rows[:2]
+    found = ev.rewards(answers, tok)
+    for row, texts, rewards in zip(ev.rows, said, found):
+        for text, reward in zip(texts, rewards, strict=True):
+            ids = torch.tensor([tok.encode_prompt(row["messages"]) + tok.encode(text)
+                                + [tok.end_id]])
+            want = (model.raw(ids)[0, -1] - model.score_mean) / model.score_std
+            close(torch.tensor(reward), want.detach(), rtol=1e-4)
+
+
+def test_a_base_model_reads_its_examples_and_stops_at_the_lines_end(road, tmp_path, monkeypatch):
+    ev = evaluator(road, tmp_path, base=str(road.folder / "pretrain"))
+    asked, answer = [], evaluate.Evaluator.answer
+
+    def spy(self, model, tokenizer, prompts, stop_ids, *options):
+        asked.append(([tokenizer.decode(ids) for ids in prompts], stop_ids))
+        found = answer(self, model, tokenizer, prompts, stop_ids, *options)
+        if stop_ids == [tokenizer.end_id]:
+            return found
+        return [[{**s, "text": " moo \nAnn: dog?"} for s in samples] for samples in found]
+
+    monkeypatch.setattr(evaluate.Evaluator, "answer", spy)
+    players, tok = evaluate.collect_players(ev.cfg, ev)
+    for (prompts, stop), name, few in zip(asked[-2:], ("base few-shot", "base zero-shot"), (1, 0)):
+        assert [text.startswith("Ann: hen?") for text in prompts] == [bool(few)] * 40
+        assert stop and all(b"\n" in tok.token_bytes(idx) for idx in stop)
+        assert all(s["text"] == "moo" for [s] in players[name]["answers"])
+
+
+def test_a_changed_answer_ends_only_if_it_had_ended(road):
+    tok = road.tokenizer
+    for ended in (True, False):
+        told = evaluate.retold({"text": "moo", "ids": [5], "ended": ended}, "baa", tok)
+        assert told == {"text": "baa", "ended": ended,
+                        "ids": tok.encode("baa") + [tok.end_id] * ended}
+
+
+def test_the_seed_decides_what_is_sampled(road, tmp_path):
+    texts = []
+    for seed in (0, 0, 1):
+        ev = evaluator(road, tmp_path, seed=seed)
+        players, _ = evaluate.collect_players(ev.cfg, ev)
+        texts.append([s["text"] for [s] in players["sft"]["answers"]])
+    assert texts[0] == texts[1] != texts[2]
