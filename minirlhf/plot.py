@@ -207,15 +207,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m minirlhf.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--save", default="curves.png", help="the picture to write")
+    parser.add_argument("--save", help="the picture to write (default: runs.png or sequence.png)")
     parser.add_argument("--row", type=int, help="draw this sequence of the first run's ledger")
     parser.add_argument("--step", type=int, help="of this recorded step (default: the last)")
     args = parser.parse_args(argv)
     try:
         if args.row is None and args.step is None:
-            draw_runs(args.runs, args.save)
+            draw_runs(args.runs, args.save or "runs.png")
         else:
-            draw_sequence(args.runs[0], args.save, args.step, args.row or 0)
+            draw_sequence(args.runs[0], args.save or "sequence.png", args.step, args.row or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

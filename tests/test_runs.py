@@ -364,3 +364,11 @@ def test_pictures_of_runs(road, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         plot.main([str(tmp_path / "nothing")])
     assert stop.value.code == 2 and "holds no metrics" in capsys.readouterr().err
+
+
+def test_a_picture_without_a_name_lies_where_one_stands(road, tmp_path, monkeypatch):
+    road.run("sft", tmp_path / "sft", ledger_every=1)
+    monkeypatch.chdir(tmp_path)
+    plot.main(["sft"])
+    plot.main(["sft", "--step", "1"])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["runs.png", "sequence.png"]
