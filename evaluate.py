@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from minirlhf.batches import encode_answer, encode_prompts, pad_right, response_mask
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_preferences, read_prompts, write_jsonl
 from minirlhf.generate import sample_prompts
 from minirlhf.masked import masked_sum, token_logprobs
-from minirlhf.runs import load_function, load_model, pick_device, pick_dtype
-from minirlhf.stats import compare, wilson
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_jsonl, write_text
+from minirlhf.plumbing.formats import read_preferences, read_prompts
+from minirlhf.plumbing.runs import autocast, load_function, load_model, pick_device, pick_dtype
+from minirlhf.plumbing.stats import compare, wilson
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Config:
     best_of: int = 4  # K of the best-of-K baseline
     courtesy: str = "Of course! "  # what the wrapper baseline puts before every answer
     refusal: str = "I am sorry, but I can't help with that."  # the refuse-everything baseline
-    max_new_tokens: int = 40  # longest response in tokens
-    batch_size: int = 128  # sequences per batch
+    max_new_tokens: int = 40  # longest response in tokens; above 0
+    batch_size: int = 128  # sequences per batch; above 0
     limit: int = 0  # use only the first so many prompts (0: all)
     show: int = 4  # prompts whose answers are printed side by side
     seed: int = 0  # of the sampling
@@ -65,13 +67,10 @@ class Evaluator:
         if not (self.judge or self.reward_model):
             raise UserError("nobody to score the answers; give --judge or --reward_model")
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def answer(self, model, tokenizer, prompts, stop_ids, temperature, num_samples=1):
         """Per prompt a list of num_samples answers {"ids", "text", "ended"}."""
         generator = torch.Generator(self.device).manual_seed(self.cfg.seed)
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             results = sample_prompts(model, prompts, stop_ids, self.cfg.max_new_tokens, temperature,
                                      generator, num_samples, self.cfg.batch_size)
         return [[{"ids": ids, "text": tokenizer.decode_response(ids), "ended": ended}
@@ -106,7 +105,7 @@ class Evaluator:
             tokens, lengths = pad_right([p + ids for p, ids in part], self.device)
             prompt_lens = torch.tensor([len(p) for p, _ in part], device=self.device)
             mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (B, T-1)
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 logprobs = token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])
                 ref_logprobs = token_logprobs(reference(tokens)[:, :-1], tokens[:, 1:])
             total += masked_sum(logprobs - ref_logprobs, mask).item()
@@ -122,7 +121,7 @@ def score_sequences(reward_model, sequences, ev):
     for start in range(0, len(order), ev.cfg.batch_size):
         part = order[start : start + ev.cfg.batch_size]
         tokens, lengths = pad_right([sequences[i] for i in part], ev.device)
-        with ev.autocast():
+        with autocast(ev.device, ev.dtype):
             raw = reward_model.score(tokens, lengths)
         for i, score in zip(part, ((raw - reward_model.score_mean)
                                    / reward_model.score_std).tolist()):
@@ -355,8 +354,7 @@ def main(cfg):
             if name in ("base few-shot", first, *models):
                 print(f"  {name:<14}{scores[name][i][0]:>6.2f}  {player['answers'][i][0]['text']}")
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     for name, player in players.items():
         write_jsonl(out / f"{name.replace(' ', '_')}.jsonl", [
             {"messages": row["messages"], "samples": [

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.batches import encode_prompts, pad_right, response_mask
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_prompts, spread_meta, write_jsonl
 from minirlhf.generate import sample_prompts
-from minirlhf.ledger import Ledger
 from minirlhf.masked import entropy, token_logprobs
-from minirlhf.runs import load_model, pick_device, pick_dtype
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_jsonl
+from minirlhf.plumbing.formats import read_prompts, spread_meta
+from minirlhf.plumbing.runs import autocast, load_model, pick_device, pick_dtype
+from minirlhf.look.ledger import Ledger
 
 
 @dataclass
@@ -32,12 +34,12 @@ class Config:
     save: str = ""  # where to write the samples of --prompts
     ledger: str = ""  # folder for a ledger of the first 64 samples
     plain: bool = False  # treat the prompt as plain text to go on with (for a base model)
-    num_samples: int = 1  # samples for each prompt
-    max_new_tokens: int = 48  # longest response in tokens
+    num_samples: int = 1  # samples for each prompt; above 0
+    max_new_tokens: int = 48  # longest response in tokens; above 0
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # sample among the k likeliest tokens (0: all)
-    top_p: float = 1.0  # sample within the likeliest tokens of this mass (1: all)
-    batch_size: int = 256  # sequences per batch
+    top_p: float = 1.0  # sample within the likeliest tokens of this mass (1: all); above 0, up to 1
+    batch_size: int = 256  # sequences per batch; above 0
     limit: int = 0  # answer only the first so many prompts (0: all)
     seed: int = 0  # of the sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
@@ -47,14 +49,13 @@ class Config:
 
 def respond(model, prompts, cfg, generator, stop_ids, num_samples=1):
     """sample_prompts with the options of the command line."""
-    dtype = pick_dtype(cfg.dtype, generator.device)
-    with torch.autocast(generator.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(generator.device, pick_dtype(cfg.dtype, generator.device)):
         return sample_prompts(model, prompts, stop_ids, cfg.max_new_tokens, cfg.temperature,
                               generator, num_samples, cfg.batch_size, cfg.top_k, cfg.top_p)
 
 
 @torch.no_grad()
-def inspect(model, prompts, results, cfg):
+def tensors_of(model, prompts, results, cfg):
     """For the ledger: log-prob and entropy (nats) of each sampled token of the first samples."""
     pairs = [(prompt, ids) for prompt, samples in zip(prompts, results) for ids, _ in samples][:64]
     device = model.trunk.wte.weight.device
@@ -124,7 +125,7 @@ def main(cfg):
     results = respond(model, prompts, cfg, generator, [tokenizer.end_id], cfg.num_samples)
     if cfg.ledger:
         ledger = Ledger(cfg.ledger, tokenizer, every=1)
-        ledger.record(1, lambda: inspect(model, prompts, results, cfg))
+        ledger.record(1, lambda: tensors_of(model, prompts, results, cfg))
     for row, samples in zip(rows, results):
         row["samples"] = [{"text": tokenizer.decode_response(ids), "ended": ended}
                           for ids, ended in samples]

@@ -20,9 +20,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf.config import UserError, command_line
-from minirlhf.plot import draw_gold_by_stage, draw_reward_against_kl, draw_road, read_metrics
-from minirlhf.stats import wilson
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_text
+from minirlhf.plumbing.runs import read_metrics
+from minirlhf.plumbing.stats import wilson
+from minirlhf.look.plot import draw_gold_by_stage, draw_reward_against_kl, draw_road
 
 STAGES = ["prepare", "tokenizer", "pretrain", "sft", "sample", "annotate", "rm", "ppo", "dpo",
           "evaluate", "overoptimize"]
@@ -132,9 +135,7 @@ def run_stage(stage, seed, out, quick, log):
 
 
 def write_log(out, log):
-    Path(out).mkdir(parents=True, exist_ok=True)
-    Path(out, "speedrun.json.part").write_text(json.dumps(log, indent=1) + "\n")
-    os.replace(f"{out}/speedrun.json.part", f"{out}/speedrun.json")
+    write_text(Path(out, "speedrun.json"), json.dumps(log, indent=1) + "\n")
 
 
 def walk(seed, cfg):
@@ -282,7 +283,7 @@ def main(cfg):
     commit = ""
     if shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    Path(out, "results.json").write_text(json.dumps({
+    write_text(Path(out, "results.json"), json.dumps({
         "commit": commit.strip() or "unknown", "table": table,
         "seeds": [{"folder": o, "cpu_minutes": log["cpu_minutes"], "commands": log["commands"],
                    "results": r} for o, log, r in roads]}, indent=1) + "\n")

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, shifted_mask,
-                              split_by_prompt)
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_preferences
-from minirlhf.ledger import Ledger
+from minirlhf.batches import (encode_answer, fit, micro_batches, pad_right, plan_batches,
+                              shifted_mask, split_by_prompt)
 from minirlhf.losses import dpo_loss
 from minirlhf.masked import sequence_logprobs, token_logprobs
-from minirlhf.optim import lr_at, make_optimizer, set_lr
-from minirlhf.runs import frozen, start_run
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_preferences
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.runs import due, frozen, start_run
+from minirlhf.look.ledger import Ledger
+from minirlhf.look.plot import draw_curves
 
 
 @dataclass
@@ -33,21 +35,21 @@ class Config:
     init: str = "out/sft"  # run folder of the SFT model: the policy's start, and the reference
     data: str = "out/preferences.jsonl"  # pairs or ranked lists, any accepted format
     out: str = "out/dpo"  # the run's folder
-    num_epochs: int = 1  # passes over the pairs
-    batch_size: int = 32  # pairs per optimizer step
+    num_epochs: int = 1  # passes over the pairs; above 0
+    batch_size: int = 32  # pairs per optimizer step; above 0
     micro_batch_size: int = 0  # pairs per forward pass (0: the whole batch)
     pairs: str = "best_worst"  # of a ranked list take: best_worst | all
     lr: float = 2e-4  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.0  # of matrices
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; above 0
     beta: float = 0.3  # scale of the implicit reward; smaller lets the policy move further
-    label_smoothing: float = 0.0  # share of labels believed to be flipped
+    label_smoothing: float = 0.0  # share of labels believed to be flipped; up to 1
     too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
-    held_out: float = 0.1  # share of the prompts kept for evaluation
-    eval_every: int = 20  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
+    eval_every: int = 20  # steps between evaluations; above 0
+    save_every: int = 100  # steps between checkpoints; above 0
     ledger_every: int = 10  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
@@ -89,46 +91,46 @@ def encode(rows, tokenizer, max_len, cfg):
 
 
 def make_batch(pairs, device):
-    """-> tokens (2B, T), mask (2B, T-1): the B chosen answers, then the B rejected ones."""
+    """-> tokens (2B, T), lengths (2B,), mask (2B, T-1): the B chosen answers, then the B rejected;
+    and where add_reference has been, ref_chosen_logps (B,), ref_rejected_logps (B,)."""
     both = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    tokens, _ = pad_right([ids for ids, _ in both], device)
-    return tokens, shifted_mask([mask for _, mask in both], tokens.shape[1], device)
+    tokens, lengths = pad_right([ids for ids, _ in both], device)
+    mask = shifted_mask([mask for _, mask in both], tokens.shape[1], device)
+    return {"tokens": tokens, "lengths": lengths, "mask": mask,
+            **{f"ref_{side}_logps": torch.tensor([pair[f"ref_{side}_logp"] for pair in pairs],
+                                                 device=device)
+               for side in ("chosen", "rejected") if f"ref_{side}_logp" in pairs[0]}}
 
 
-def pair_logps(model, tokens, mask):
+def pair_logps(model, batch):
     """Summed response log-probs in nats: (chosen_logps (B,), rejected_logps (B,)).
 
     One forward pass for both halves has half the overhead of two.
     """
+    tokens = batch["tokens"]  # (2B, T)
     logits = model(tokens)  # (2B, T, V)
     logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (2B, T-1)
-    return sequence_logprobs(logprobs, mask).chunk(2)
+    return sequence_logprobs(logprobs, batch["mask"]).chunk(2)
 
 
 @torch.no_grad()
 def add_reference(reference, pairs, cfg, run):
     """Store each pair's two reference log-probs in it, once and for all."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen"][0]))
-    micro = cfg.micro_batch_size or cfg.batch_size
-    starts = range(0, len(order), micro)
-    for start in tqdm(starts, desc="reference", disable=not sys.stderr.isatty()):
-        part = [pairs[i] for i in order[start : start + micro]]
+    order = sorted(pairs, key=lambda pair: len(pair["chosen"][0]))  # like lengths: less filler
+    parts = micro_batches(order, cfg.micro_batch_size or cfg.batch_size)
+    for part in tqdm(parts, desc="reference", disable=not sys.stderr.isatty()):
         with run.autocast():
-            chosen, rejected = pair_logps(reference, *make_batch(part, run.device))
+            chosen, rejected = pair_logps(reference, make_batch(part, run.device))
         for pair, c, r in zip(part, chosen.tolist(), rejected.tolist()):
             pair["ref_chosen_logp"], pair["ref_rejected_logp"] = c, r
 
 
-def loss_of(model, pairs, cfg, run):
+def loss_of(model, batch, cfg):
     """Per-pair losses (B,) in nats, and what is logged of them, each (B,)."""
-    tokens, mask = make_batch(pairs, run.device)
-    with run.autocast():
-        chosen_logps, rejected_logps = pair_logps(model, tokens, mask)  # (B,), (B,)
-    ref_chosen_logps = torch.tensor([p["ref_chosen_logp"] for p in pairs], device=run.device)
-    ref_rejected_logps = torch.tensor([p["ref_rejected_logp"] for p in pairs], device=run.device)
+    chosen_logps, rejected_logps = pair_logps(model, batch)  # (B,), (B,)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, cfg.beta,
-        cfg.label_smoothing)  # each (B,)
+        chosen_logps, rejected_logps, batch["ref_chosen_logps"], batch["ref_rejected_logps"],
+        cfg.beta, cfg.label_smoothing)  # each (B,)
     margin = chosen_rewards - rejected_rewards  # (B,)
     return losses, {"chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
                     "margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0),
@@ -136,13 +138,28 @@ def loss_of(model, pairs, cfg, run):
 
 
 @torch.no_grad()
-def inspect(model, reference, pairs, cfg, run):
+def evaluate(model, pairs, cfg, run):
+    """Mean held-out loss and statistics over all pairs."""
+    model.eval()
+    totals = {}
+    for part in micro_batches(pairs, cfg.micro_batch_size or cfg.batch_size):
+        batch = make_batch(part, run.device)
+        with run.autocast():
+            losses, stats = loss_of(model, batch, cfg)
+        for name, values in {"val_loss": losses, **stats}.items():
+            totals[name] = totals.get(name, 0) + values.sum().item()
+    model.train()
+    return {name: total / len(pairs) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def tensors_of(model, reference, batch, cfg, run):
     """For the ledger: each token's log-ratio to the reference, each answer's implicit reward.
 
     Forward passes of its own, in evaluation mode: the step's random numbers stay the same.
     """
     model.eval()
-    tokens, mask = make_batch(pairs, run.device)  # (2B, T), (2B, T-1)
+    tokens, mask = batch["tokens"], batch["mask"]  # (2B, T), (2B, T-1)
     logprobs = []
     for one in (model, reference):
         with run.autocast():
@@ -152,26 +169,10 @@ def inspect(model, reference, pairs, cfg, run):
     model.train()
     log_ratios = logprobs[0] - logprobs[1]  # (2B, T-1)
     rewards = cfg.beta * sequence_logprobs(log_ratios, mask)  # (2B,)
-    B, place = len(pairs), torch.arange(2 * len(pairs), device=run.device)
-    lengths = [len(pair[side][0]) for side in ("chosen", "rejected") for pair in pairs]
-    return {"tokens": tokens, "lengths": torch.tensor(lengths),
-            "response_mask": mask, "logprobs": logprobs[0], "ref_logprobs": logprobs[1],
-            "log_ratios": log_ratios, "implicit_rewards": rewards, "example": place % B,
-            "rank": place // B}
-
-
-@torch.no_grad()
-def evaluate(model, pairs, cfg, run):
-    """Mean held-out loss and statistics over all pairs."""
-    model.eval()
-    totals = {}
-    micro = cfg.micro_batch_size or cfg.batch_size
-    for start in range(0, len(pairs), micro):
-        losses, stats = loss_of(model, pairs[start : start + micro], cfg, run)
-        for name, values in {"val_loss": losses, **stats}.items():
-            totals[name] = totals.get(name, 0) + values.sum().item()
-    model.train()
-    return {name: total / len(pairs) for name, total in totals.items()}
+    B, place = len(tokens) // 2, torch.arange(len(tokens), device=run.device)
+    return {"tokens": tokens, "lengths": batch["lengths"], "response_mask": mask,
+            "logprobs": logprobs[0], "ref_logprobs": logprobs[1], "log_ratios": log_ratios,
+            "implicit_rewards": rewards, "example": place % B, "rank": place // B}
 
 
 def main(cfg):
@@ -181,15 +182,15 @@ def main(cfg):
     # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
     rows = read_preferences(cfg.data)
     model, reference = run.model("init"), frozen(run.model("init"))
-    pairs = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
-    train, held_out = ([pairs[i] for i in side] for side in split_by_prompt(
-        [pair["prompt"] for pair in pairs], cfg.held_out, run.data_order))
+    encoded = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
+    texts = [pair["prompt"] for pair in encoded]
+    train, held_out = ([encoded[i] for i in side] for side in
+                       split_by_prompt(texts, cfg.held_out, run.data_order))
     if not train or not held_out:
-        raise UserError(f"{cfg.data}: {len(pairs)} pairs are too few to train on")
+        raise UserError(f"{cfg.data}: {len(encoded)} pairs are too few to train on")
     lengths = [max(len(pair["chosen"][0]), len(pair["rejected"][0])) for pair in train]
-    batches = [batch for _ in range(cfg.num_epochs)
-               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
-    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
+    plan = plan_batches(lengths, cfg.num_epochs, cfg.batch_size, run.data_order)
+    num_steps, micro = len(plan), cfg.micro_batch_size or cfg.batch_size
 
     # 3. Model, reference and optimizer.
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
@@ -198,11 +199,14 @@ def main(cfg):
     def largest_batch():
         longest = {**train[lengths.index(max(lengths))], "ref_chosen_logp": 0.0,
                    "ref_rejected_logp": 0.0}
-        loss_of(model, [longest] * min(micro, cfg.batch_size), cfg, run)[0].mean().backward()
+        with run.autocast():
+            losses, _ = loss_of(
+                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
+        losses.sum().backward()
         optimizer.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--micro_batch_size or --batch_size")
-    add_reference(reference, pairs, cfg, run)
+    add_reference(reference, encoded, cfg, run)
     first_step = run.restore(model=model, optimizer=optimizer)
 
     # 4. The loop.
@@ -210,30 +214,32 @@ def main(cfg):
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
-        batch = [train[i] for i in batches[step - 1]]
+        examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        denominator = len(examples)  # however the batch is split, each pair weighs the same
         loss = 0.0
-        for start in range(0, len(batch), micro):
-            part = batch[start : start + micro]
-            ledger.record(step, lambda: inspect(model, reference, part, cfg, run))
-            losses, _ = loss_of(model, part, cfg, run)  # (b,)
-            micro_loss = losses.sum() / len(batch)  # pairs weigh the same, however they are split
+        for part in micro_batches(examples, micro):
+            batch = make_batch(part, run.device)
+            ledger.record(step, lambda: tensors_of(model, reference, batch, cfg, run))
+            with run.autocast():
+                losses, _ = loss_of(model, batch, cfg)  # (b,)
+            micro_loss = losses.sum() / denominator
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
-        num_tokens += sum(len(p["chosen"][0]) + len(p["rejected"][0]) for p in batch)
+            num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % cfg.eval_every == 0 or step == num_steps:
+        if due(step, cfg.eval_every, num_steps):
             run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-        if step % cfg.save_every == 0 or step == num_steps:
+        if due(step, cfg.save_every, num_steps):
             run.save(step, model=model, optimizer=optimizer)
-    run.draw()
+    draw_curves(run.folder)
     return run.history
 
 

@@ -25,18 +25,20 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import encode_prompts, response_mask
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_prompts
+from minirlhf.batches import encode_prompts, micro_batches, response_mask
 from minirlhf.generate import generate
-from minirlhf.ledger import Ledger
 from minirlhf.losses import ppo_policy_loss, ppo_value_loss, surrogate_losses
 from minirlhf.masked import (entropy, masked_mean, masked_sum, masked_var, masked_whiten,
                              token_logprobs)
 from minirlhf.model import ActorCritic
-from minirlhf.optim import lr_at, make_optimizer, set_lr
 from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
-from minirlhf.runs import frozen, load_function, start_run
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_prompts
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.runs import due, frozen, load_function, start_run
+from minirlhf.look.ledger import Ledger
+from minirlhf.look.plot import draw_curves
 
 
 @dataclass
@@ -45,12 +47,12 @@ class Config:
     reward_model: str = "out/rm"  # run folder of the reward model
     prompts: str = "data/toy/prompts.jsonl"  # prompts to answer
     out: str = "out/ppo"  # the run's folder
-    num_steps: int = 100  # iterations of sampling and updating
-    rollout_size: int = 96  # prompts per iteration, one response each
-    max_new_tokens: int = 40  # longest response in tokens
+    num_steps: int = 100  # iterations of sampling and updating; above 0
+    rollout_size: int = 96  # prompts per iteration, one response each; above 0
+    max_new_tokens: int = 40  # longest response in tokens; above 0
     temperature: float = 1.0  # of sampling, and of every log-prob
-    num_epochs: int = 2  # passes over each rollout
-    minibatch_size: int = 48  # responses per optimizer step
+    num_epochs: int = 2  # passes over each rollout; above 0
+    minibatch_size: int = 48  # responses per optimizer step; above 0
     micro_batch_size: int = 24  # responses per forward pass of the update (0: the whole minibatch)
     lr: float = 1.5e-4  # learning rate of the policy
     critic_lr: float = 3e-4  # learning rate of the separate critic
@@ -58,20 +60,20 @@ class Config:
     beta: float = 0.1  # reward units charged per nat of KL to the reference
     kl_target: float = 0.0  # adapt beta towards this KL per response in nats (0: beta is fixed)
     kl_kind: str = "k1"  # estimator of the KL in the reward: k1 | k2 | k3
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone, 0 the critic alone
+    gamma: float = 1.0  # discount per token; up to 1
+    lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone, 0 the critic alone; up to 1
     clip_range: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # largest move of a value per iteration (0: no clip)
     score_clip: float = 5.0  # largest |normalised score| (0: no clip)
-    missing_end_score: float = -3.0  # score of a response that never ended
+    missing_end_score: float = -3.0  # score of a response that never ended; any sign
     whiten: bool = True  # scale advantages to mean 0, deviation 1 over the rollout
     share_critic: bool = False  # a value head on the policy's trunk instead of a separate critic
     vf_coef: float = 0.1  # weight of the value loss where the trunk is shared
     stop_kl: float = 0.1  # end an iteration's epochs past this approximate KL per token (0: never)
-    grad_clip: float = 1.0  # largest norm of the policy's, and of the critic's, gradient
+    grad_clip: float = 1.0  # largest norm of the policy's, and of the critic's, gradient; above 0
     judge: str = ""  # file.py:function, a gold score to log beside the reward; never trained on
-    eval_every: int = 20  # iterations between printed samples
-    save_every: int = 20  # iterations between checkpoints
+    eval_every: int = 20  # iterations between printed samples; above 0
+    save_every: int = 20  # iterations between checkpoints; above 0
     ledger_every: int = 5  # iterations between records of every tensor (0: none)
     seed: int = 0  # of the prompts' order and of sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
@@ -82,80 +84,107 @@ class Config:
 
 
 @torch.no_grad()
-def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
-    """Sample a response to each prompt and work out what its every token earned.
+def sample_responses(actor, prompts, cfg, run):
+    """Sample: a response to each prompt, and what policy and critic say of its every token.
 
-    prompts: B lists of ids. Returns a dict of tensors on the grid (see the module's docstring).
+    prompts: B lists of ids. Returns the rollout's first tensors; each step below adds its own.
     """
     actor.eval()
-    # Sample. Dropout is off, and no top-k or top-p: what is sampled is what will be scored.
+    # Dropout is off, and no top-k or top-p: what is sampled is what will be scored.
     with run.autocast():
-        rollout = generate(actor.policy, prompts, cfg.max_new_tokens, [run.tokenizer.end_id],
+        sampled = generate(actor.policy, prompts, cfg.max_new_tokens, [run.tokenizer.end_id],
                            cfg.temperature, generator=run.generator)
-    tokens, prompt_lens, lengths = rollout.tokens, rollout.prompt_lens, rollout.lengths
-    T = tokens.shape[1]
-    mask = response_mask(prompt_lens, lengths, T)  # (B, T-1)
+    tokens, prompt_lens, lengths = sampled.tokens, sampled.prompt_lens, sampled.lengths
+    mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (B, T-1)
 
-    # Score. One forward pass each; logits[:, t] predicts tokens[:, t+1], hence the shift. The
-    # log-probs come from this pass and not from the decoding cache, whose arithmetic differs.
+    # One forward pass; logits[:, t] predicts tokens[:, t+1], hence the shift. The log-probs come
+    # from this pass and not from the decoding cache, whose arithmetic differs.
     with run.autocast():
         logits, values = actor(tokens)  # (B, T, V), (B, T)
-        ref_logits = reference(tokens)  # (B, T, V)
-        raw_scores = reward_model.score(tokens, lengths)  # (B,), read at the last real token
     logits = logits[:, :-1].float() / cfg.temperature  # (B, T-1, V), the distribution sampled from
-    ref_logits = ref_logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
     logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
-    ref_logprobs = token_logprobs(ref_logits, tokens[:, 1:])  # (B, T-1)
     zero = torch.zeros_like(logprobs)  # (B, T-1)
-    # For the log only, and only where the mask is True: a softmax of all of it costs memory.
-    token_entropy = zero.masked_scatter(mask, entropy(logits[mask]))  # (B, T-1)
-    logprobs = torch.where(mask, logprobs, zero)  # (B, T-1)
-    ref_logprobs = torch.where(mask, ref_logprobs, zero)  # (B, T-1)
-    values = torch.where(mask, values[:, :-1], zero)  # (B, T-1), before tokens[:, 1:] is emitted
-    scores = normalize_scores(raw_scores, reward_model.score_mean, reward_model.score_std,
-                              cfg.score_clip, rollout.ended, cfg.missing_end_score)  # (B,)
-
-    # KL reward: every token pays for its distance to the reference, the last one gets the score.
-    kl = kl_estimate(logprobs, ref_logprobs, cfg.kl_kind)  # (B, T-1)
-    rewards = token_rewards(scores, kl, mask, beta)  # (B, T-1)
-
-    # Advantage: how much better than the critic expected. Whitened once, over the whole rollout.
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (B, T-1), (B, T-1)
-    whitened_advantages = masked_whiten(advantages, mask) if cfg.whiten else advantages
     return {
-        "tokens": tokens, "prompt_lens": prompt_lens, "lengths": lengths, "ended": rollout.ended,
-        "response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs,
-        "values": values, "scores": scores, "kl": kl, "rewards": rewards,
-        "advantages": advantages, "returns": returns, "whitened_advantages": whitened_advantages,
-        "entropy": token_entropy,
+        "tokens": tokens, "prompt_lens": prompt_lens, "lengths": lengths, "ended": sampled.ended,
+        "response_mask": mask, "logprobs": torch.where(mask, logprobs, zero),
+        "values": torch.where(mask, values[:, :-1], zero),  # before tokens[:, 1:] is emitted
+        # For the log only, and only where the mask is True: a softmax of all of it costs memory.
+        "entropy": zero.masked_scatter(mask, entropy(logits[mask])),
     }
 
 
-def minibatch_loss(actor, rollout, rows, denominator, cfg, run):
-    """Forward one micro-batch of rows; returns (loss, statistics summed over its tokens).
-
-    denominator: the number of response tokens of the whole minibatch that the rows belong to.
-    """
-    # Columns past the longest of these rows hold nothing but filler: leave them out.
-    T = int(rollout["lengths"][rows].max())
-    mb_tokens = rollout["tokens"][rows, :T]  # (b, T)
-    mb_mask, mb_logprobs, mb_values, mb_returns, mb_advantages = (
-        rollout[name][rows, : T - 1] for name in (  # each (b, T-1)
-            "response_mask", "logprobs", "values", "returns", "whitened_advantages"))
+@torch.no_grad()
+def score_responses(reward_model, rollout, cfg, run):
+    """Score: one number for each whole response, (B,), on the scale of the SFT model's answers."""
     with run.autocast():
-        logits, new_values = actor(mb_tokens)  # (b, T, V), (b, T)
+        raw_scores = reward_model.score(rollout["tokens"], rollout["lengths"])  # (B,), last token
+    return normalize_scores(raw_scores, reward_model.score_mean, reward_model.score_std,
+                            cfg.score_clip, rollout["ended"], cfg.missing_end_score)  # (B,)
+
+
+@torch.no_grad()
+def reward_tokens(reference, rollout, beta, cfg, run):
+    """KL reward: every token pays for its distance to the reference, the last one gets the score."""
+    tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
+    with run.autocast():
+        ref_logits = reference(tokens)  # (B, T, V)
+    ref_logits = ref_logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
+    ref_logprobs = token_logprobs(ref_logits, tokens[:, 1:])  # (B, T-1)
+    ref_logprobs = torch.where(mask, ref_logprobs, torch.zeros_like(ref_logprobs))
+    kl = kl_estimate(rollout["logprobs"], ref_logprobs, cfg.kl_kind)  # (B, T-1)
+    rewards = token_rewards(rollout["scores"], kl, mask, beta)  # (B, T-1)
+    return {"ref_logprobs": ref_logprobs, "kl": kl, "rewards": rewards}
+
+
+def estimate_advantages(rollout, cfg):
+    """Advantage: how much better than the critic expected. Whitened once, over all of it."""
+    mask = rollout["response_mask"]  # (B, T-1)
+    advantages, returns = gae(rollout["rewards"], rollout["values"], mask, cfg.gamma,
+                              cfg.lam)  # (B, T-1), (B, T-1)
+    whitened_advantages = masked_whiten(advantages, mask) if cfg.whiten else advantages
+    return {"advantages": advantages, "returns": returns,
+            "whitened_advantages": whitened_advantages}
+
+
+def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
+    """Sample a response to each prompt and work out what its every token earned.
+
+    prompts: B lists of ids. Returns a dict of tensors on the grid (see the module's docstring). A
+    rule that checks answers could stand in for the second step, a baseline for the fourth.
+    """
+    rollout = sample_responses(actor, prompts, cfg, run)
+    rollout["scores"] = score_responses(reward_model, rollout, cfg, run)  # (B,)
+    rollout |= reward_tokens(reference, rollout, beta, cfg, run)
+    rollout |= estimate_advantages(rollout, cfg)
+    return rollout
+
+
+def make_batch(rollout, rows):
+    """Some rows of a rollout; columns past the longest of them are filler and left out."""
+    T = int(rollout["lengths"][rows].max())
+    return {"tokens": rollout["tokens"][rows, :T], **{
+        name: rollout[name][rows, : T - 1] for name in (  # each (b, T-1)
+            "response_mask", "logprobs", "values", "returns", "whitened_advantages")}}
+
+
+def loss_of(actor, batch, cfg):
+    """The policy's and the critic's loss, each summed over the response tokens: (2,); and
+    statistics, means over those tokens."""
+    mb_tokens, mb_mask = batch["tokens"], batch["response_mask"]  # (b, T), (b, T-1)
+    logits, new_values = actor(mb_tokens)  # (b, T, V), (b, T)
     logits = logits[:, :-1].float() / cfg.temperature  # (b, T-1, V)
     new_logprobs = token_logprobs(logits, mb_tokens[:, 1:])  # (b, T-1)
-    new_values = new_values[:, :-1]  # (b, T-1)
-    policy_loss, stats = ppo_policy_loss(new_logprobs, mb_logprobs, mb_advantages, mb_mask,
-                                         cfg.clip_range, denominator)
-    value_loss, value_stats = ppo_value_loss(new_values, mb_values, mb_returns, mb_mask,
-                                             cfg.value_clip, denominator)
+    policy_loss, stats = ppo_policy_loss(
+        new_logprobs, batch["logprobs"], batch["whitened_advantages"], mb_mask, cfg.clip_range,
+        denominator=1)
+    value_loss, value_stats = ppo_value_loss(
+        new_values[:, :-1], batch["values"], batch["returns"], mb_mask, cfg.value_clip,
+        denominator=1)
     # With its own trunk and optimizer, the critic's loss needs no weight.
-    loss = policy_loss + (cfg.vf_coef if cfg.share_critic else 1.0) * value_loss
-    share = mb_mask.sum() / denominator  # the statistics are means over these rows: weigh them
-    stats = {name: value * share for name, value in {**stats, **value_stats}.items()}
-    return loss, {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), **stats}
+    vf_coef = cfg.vf_coef if cfg.share_critic else 1.0
+    count = mb_mask.sum()
+    means = {"policy_loss": policy_loss.detach() / count, "value_loss": value_loss.detach() / count}
+    return torch.stack([policy_loss, vf_coef * value_loss]), {**means, **stats, **value_stats}
 
 
 def ppo_update(actor, optimizers, rollout, cfg, run, order):
@@ -172,13 +201,15 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
     for minibatch in minibatches:
         denominator = rollout["response_mask"][minibatch].sum()
         minibatch.sort(key=lambda row: lengths[row])  # like lengths together: less filler
-        micro = cfg.micro_batch_size or cfg.minibatch_size
         stats = {}
-        for first in range(0, len(minibatch), micro):
-            loss, part = minibatch_loss(actor, rollout, minibatch[first : first + micro],
-                                        denominator, cfg, run)
-            run.scaler.scale(loss).backward()
-            stats = {name: stats.get(name, 0) + value for name, value in part.items()}
+        for rows in micro_batches(minibatch, cfg.micro_batch_size or cfg.minibatch_size):
+            batch = make_batch(rollout, rows)
+            with run.autocast():
+                losses, part = loss_of(actor, batch, cfg)
+            micro_loss = losses.sum() / denominator
+            run.scaler.scale(micro_loss).backward()
+            share = batch["response_mask"].sum() / denominator  # of the minibatch's tokens
+            stats = {name: stats.get(name, 0) + value * share for name, value in part.items()}
         num_done += 1
         totals = {name: totals.get(name, 0) + value for name, value in stats.items()}
         if 0 < cfg.stop_kl < stats["approx_kl"]:
@@ -197,7 +228,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
 
 
 @torch.no_grad()
-def inspect(actor, rollout, cfg, run):
+def tensors_of(actor, rollout, cfg, run):
     """For the ledger: the rollout, and what the updated policy and critic say of its tokens."""
     tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
     with run.autocast():
@@ -269,13 +300,14 @@ def main(cfg):
         rollout["tokens"] = torch.zeros(B, T, dtype=torch.int64, device=run.device)
         rollout["lengths"] = torch.full((B,), T, device=run.device)
         rollout["response_mask"] = torch.ones(B, T - 1, dtype=torch.bool, device=run.device)
-        with torch.no_grad():
-            with run.autocast():
-                logits = [model(rollout["tokens"]) for model in (actor.policy, reference)]
+        with torch.no_grad(), run.autocast():
+            logits = [model(rollout["tokens"]) for model in (actor.policy, reference)]
             for one in logits:
                 token_logprobs(one[:, :-1].float(), rollout["tokens"][:, 1:])
         rows = list(range(min(B, cfg.micro_batch_size or cfg.minibatch_size)))
-        minibatch_loss(actor, rollout, rows, B * T, cfg, run)[0].backward()
+        with run.autocast():
+            losses, _ = loss_of(actor, make_batch(rollout, rows), cfg)
+        losses.sum().backward()
         actor.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
@@ -298,7 +330,7 @@ def main(cfg):
         # A generator of its own for each step: resuming needs no state of it.
         order = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         stats = ppo_update(actor, optimizers, rollout, cfg, run, order)
-        ledger.record(step, lambda: inspect(actor, rollout, cfg, run))
+        ledger.record(step, lambda: tensors_of(actor, rollout, cfg, run))
         summary = summarise(rollout, beta)
         if cfg.kl_target > 0:
             beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size)
@@ -311,13 +343,13 @@ def main(cfg):
                 chosen, responses, rollout["ended"].tolist())]
             summary["gold"] = sum(golds) / len(golds)
         run.log(step, cfg.num_steps, rollout["lengths"].sum().item(), **summary, **stats)
-        if step % cfg.eval_every == 0 or step == cfg.num_steps:
+        if due(step, cfg.eval_every, cfg.num_steps):
             for i, response, score in list(zip(chosen, responses, rollout["scores"].tolist()))[:3]:
                 run.show(step, f"  user: {rows[i]['messages'][-1]['content']}\n"
                                f"  model: {response}   (score {score:.2f})")
-        if step % cfg.save_every == 0 or step == cfg.num_steps:
+        if due(step, cfg.save_every, cfg.num_steps):
             run.save(step, model=policy, actor=actor, **saved)
-    run.draw()
+    draw_curves(run.folder)
     return run.history
 
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.batches import pack, random_blocks
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_text
 from minirlhf.masked import token_logprobs
 from minirlhf.model import GPT, ModelConfig, named_config
-from minirlhf.optim import lr_at, make_optimizer, set_lr
-from minirlhf.runs import start_run
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_text
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.runs import due, start_run
+from minirlhf.look.plot import draw_curves
 
 
 @dataclass
@@ -30,28 +32,28 @@ class Config:
     tokenizer: str = "data/toy/tokenizer.json"  # a tokenizer.json, or gpt2
     out: str = "out/pretrain"  # the run's folder
     size: str = ""  # a published size such as gpt2; keeps block_size, dropout, attention from below
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
+    n_layer: int = 4  # blocks; above 0
+    n_head: int = 4  # attention heads; above 0
     n_kv_head: int = 0  # key/value heads, fewer than n_head for grouped queries (0: n_head)
-    n_embd: int = 128  # width of the residual stream
+    n_embd: int = 128  # width of the residual stream; above 0
     n_hidden: int = 344  # width of the MLP (0: 4 * n_embd)
-    block_size: int = 160  # longest sequence in tokens
+    block_size: int = 160  # longest sequence in tokens; above 0
     norm: str = "rmsnorm"  # layernorm | rmsnorm
     mlp: str = "swiglu"  # gelu | swiglu
     positions: str = "rope"  # learned | rope
     bias: bool = False  # biases in linear layers
     tied: bool = True  # share embedding and unembedding
-    dropout: float = 0.0  # share of activations dropped in training
+    dropout: float = 0.0  # share of activations dropped in training; up to 1
     attention: str = "fused"  # fused | manual
-    num_steps: int = 4500  # optimizer steps
-    batch_size: int = 8  # blocks per step
+    num_steps: int = 4500  # optimizer steps; above 0
+    batch_size: int = 8  # blocks per step; above 0
     lr: float = 5e-3  # peak learning rate
     warmup: int = 100  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
-    grad_clip: float = 1.0  # largest norm of the gradient
-    eval_every: int = 500  # steps between evaluations
-    save_every: int = 1000  # steps between checkpoints
+    grad_clip: float = 1.0  # largest norm of the gradient; above 0
+    eval_every: int = 500  # steps between evaluations; above 0
+    save_every: int = 1000  # steps between checkpoints; above 0
     seed: int = 0  # of weights and data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
@@ -60,22 +62,26 @@ class Config:
     overwrite: bool = False  # start anew where out holds a run
 
 
-def loss_of(model, blocks):
-    """Mean negative log-likelihood, in nats per token, of blocks (B, T)."""
-    return -token_logprobs(model(blocks)[:, :-1], blocks[:, 1:]).mean()
+def loss_of(model, batch, cfg):
+    """Negative log-likelihood in nats, summed over all tokens but the first of each row: ()."""
+    tokens = batch["tokens"]  # (B, T)
+    logits = model(tokens)  # (B, T, V)
+    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (B, T-1)
+    return -logprobs.sum(), {}
 
 
 @torch.no_grad()
-def evaluate(model, stream, cfg, run):
-    """Loss on up to 32 consecutive blocks of held-out text."""
-    blocks = stream[: len(stream) // cfg.block_size * cfg.block_size].view(-1, cfg.block_size)[:32]
+def evaluate(model, blocks, cfg, run):
+    """Loss in nats per token on blocks (N, T) of held-out text."""
     model.eval()
     total = 0.0
     for part in blocks.split(cfg.batch_size):
+        batch = {"tokens": part.to(run.device)}
         with run.autocast():
-            total += loss_of(model, part.to(run.device)).item() * len(part)
+            losses, _ = loss_of(model, batch, cfg)
+        total += losses.sum().item()
     model.train()
-    return total / len(blocks)
+    return {"val_loss": total / blocks[:, 1:].numel()}
 
 
 def main(cfg):
@@ -88,11 +94,12 @@ def main(cfg):
     ids = run.tokenizer.encode_batch(documents)
     stream = pack(ids, run.tokenizer.encode("\n\n"))  # (N,)
     cut = int(0.98 * len(stream))
-    train, held_out = stream[:cut], stream[cut:]
+    train, rest = stream[:cut], stream[cut:]
     starts = random_blocks(train, cfg.num_steps, cfg.batch_size, cfg.block_size, run.data_order)
-    if len(held_out) < cfg.block_size:
+    if len(rest) < cfg.block_size:
         raise UserError(f"{cfg.text} gives {len(stream)} tokens; at least "
                         f"{50 * cfg.block_size + 50} are needed for --block_size {cfg.block_size}")
+    held_out = rest[: len(rest) // cfg.block_size * cfg.block_size].view(-1, cfg.block_size)[:32]
 
     # 3. Model and optimizer.
     if cfg.size:
@@ -105,14 +112,15 @@ def main(cfg):
     model_cfg.vocab_size = run.tokenizer.n_vocab
     model = GPT(model_cfg).to(run.device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
-    print(f"data   | {len(train):,} training tokens, {len(held_out):,} held out, "
+    print(f"data   | {len(train):,} training tokens, {len(rest):,} held out, "
           f"{cfg.num_steps * cfg.batch_size * cfg.block_size / len(train):.1f} epochs")
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def largest_batch():
         with run.autocast():
-            loss = loss_of(model, train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device))
-        loss.backward()
+            losses, _ = loss_of(model, {
+                "tokens": train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device)}, cfg)
+        losses.sum().backward()
         optimizer.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--batch_size or --block_size")
@@ -124,24 +132,27 @@ def main(cfg):
     for step in range(first_step + 1, cfg.num_steps + 1):
         blocks = train[starts[step - 1][:, None] + torch.arange(cfg.block_size)]  # (B, T)
         set_lr(optimizer, lr_at(step - 1, cfg.num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        denominator = blocks[:, 1:].numel()  # each block's first token is predicted by nothing
+        batch = {"tokens": blocks.to(run.device)}
         with run.autocast():
-            loss = loss_of(model, blocks.to(run.device))
-        num_tokens += blocks.numel()
+            losses, _ = loss_of(model, batch, cfg)
+        loss = losses.sum() / denominator
         run.scaler.scale(loss).backward()
+        num_tokens += blocks.numel()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % cfg.eval_every == 0 or step == cfg.num_steps:
+        if due(step, cfg.eval_every, cfg.num_steps):
             run.log(step, cfg.num_steps, num_tokens, loss=loss,
-                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
+                    **evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
                     lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-        if step % cfg.save_every == 0 or step == cfg.num_steps:
+        if due(step, cfg.save_every, cfg.num_steps):
             run.save(step, model=model, optimizer=optimizer)
-    run.draw()
+    draw_curves(run.folder)
     return run.history
 
 

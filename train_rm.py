@@ -15,16 +15,18 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, response_mask,
-                              split_by_prompt)
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_preferences
+from minirlhf.batches import (encode_answer, fit, micro_batches, pad_right, plan_batches,
+                              response_mask, split_by_prompt)
 from minirlhf.generate import generate
-from minirlhf.ledger import Ledger
 from minirlhf.losses import reward_model_loss
 from minirlhf.model import ScalarModel
-from minirlhf.optim import lr_at, make_optimizer, set_lr
-from minirlhf.runs import start_run
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_preferences
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.runs import due, start_run
+from minirlhf.look.ledger import Ledger
+from minirlhf.look.plot import draw_curves
 
 
 @dataclass
@@ -32,21 +34,21 @@ class Config:
     init: str = "out/sft"  # run folder of the SFT model
     data: str = "out/preferences.jsonl"  # pairs or ranked lists, any accepted format
     out: str = "out/rm"  # the run's folder
-    num_epochs: int = 2  # passes over the preferences; on real data a second one overfits
-    batch_size: int = 32  # prompts per optimizer step
+    num_epochs: int = 2  # passes over the preferences; on real data a second one overfits; above 0
+    batch_size: int = 32  # prompts per optimizer step; above 0
     micro_batch_size: int = 8  # prompts per forward pass, all their answers at once (0: the batch)
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; above 0
     margin: float = 0.0  # score margin of a "significantly better" pair; lower grades get less
     too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
-    held_out: float = 0.1  # share of the prompts kept for evaluation
+    held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
     num_normalize: int = 512  # SFT answers sampled to set the scores' mean and deviation
-    max_new_tokens: int = 48  # longest of those answers in tokens
-    eval_every: int = 50  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    max_new_tokens: int = 48  # longest of those answers in tokens; above 0
+    eval_every: int = 50  # steps between evaluations; above 0
+    save_every: int = 100  # steps between checkpoints; above 0
     ledger_every: int = 20  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order and of sampling
     device: str = ""  # cuda or cpu (default: cuda where there is one)
@@ -89,8 +91,9 @@ def encode(rows, tokenizer, max_len, cfg):
     return examples
 
 
-def make_batch(examples, margin, device):
-    """-> tokens (N, T) and lengths (N,) of all answers; places (N, 2); ranks (B, K); margins.
+def make_batch(examples, device):
+    """-> tokens (N, T) and lengths (N,) of all answers, mask (N, T-1) of their own tokens; places
+    (N, 2); ranks (B, K); grades (B, K, K).
 
     N is the number of answers of all B prompts; answer n stands at [places[n, 0], places[n, 1]] of
     the (B, K) tables, whose absent entries have rank -1.
@@ -98,27 +101,27 @@ def make_batch(examples, margin, device):
     tokens, lengths = pad_right([ids for e in examples for ids in e["ids"]], device)
     B, K = len(examples), max(len(e["ids"]) for e in examples)
     places = torch.tensor([(b, k) for b, e in enumerate(examples) for k in range(len(e["ids"]))])
+    prompt_lens = torch.tensor([e["prompt_len"] for e in examples for _ in e["ids"]])  # (N,)
     ranks = torch.full((B, K), -1)  # (B, K)
-    margins = torch.zeros(B, K, K)
+    grades = torch.zeros(B, K, K, dtype=torch.int64)
     for b, e in enumerate(examples):
         k = len(e["ranks"])
         ranks[b, :k] = torch.tensor(e["ranks"])
         if e["grades"]:
-            margins[b, :k, :k] = torch.tensor(e["grades"]) * margin / 3  # grade 3 gets it all
-    return tokens, lengths, places.to(device), ranks.to(device), margins.to(device)
+            grades[b, :k, :k] = torch.tensor(e["grades"])
+    return {"tokens": tokens, "lengths": lengths,
+            "mask": response_mask(prompt_lens.to(device), lengths, tokens.shape[1]),
+            "places": places.to(device), "ranks": ranks.to(device), "grades": grades.to(device)}
 
 
-def score_batch(model, tokens, lengths, places, ranks):
-    """Score every answer once and lay the scores out by prompt: (B, K), 0 where absent."""
-    scores = model.score(tokens, lengths)  # (N,)
-    return scores.new_zeros(ranks.shape).index_put((places[:, 0], places[:, 1]), scores)
-
-
-def loss_of(model, batch):
-    """Per-prompt losses (B,): the mean over the prompt's strict pairs, in nats."""
-    tokens, lengths, places, ranks, margins = batch
-    scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
-    return reward_model_loss(scores, ranks, margins)
+def loss_of(model, batch, cfg):
+    """Per-prompt losses (B,): the mean over the prompt's strict pairs, in nats; scores (B, K)."""
+    scores = model.score(batch["tokens"], batch["lengths"])  # (N,), each answer scored once
+    prompt, answer = batch["places"].unbind(1)  # (N,), (N,)
+    scores = scores.new_zeros(batch["ranks"].shape).index_put((prompt, answer), scores)  # (B, K)
+    margins = batch["grades"] * cfg.margin / 3  # (B, K, K), grade 3 gets it all
+    losses = reward_model_loss(scores, batch["ranks"], margins)  # (B,)
+    return losses, {"scores": scores.detach()}
 
 
 @torch.no_grad()
@@ -126,13 +129,12 @@ def evaluate(model, examples, cfg, run):
     """Held-out loss (nats, no margins) and accuracy over all strict pairs, over each grade too."""
     model.eval()
     losses, right, grades = [], [], []
-    micro = cfg.micro_batch_size or cfg.batch_size
-    for start in range(0, len(examples), micro):
-        part = examples[start : start + micro]
-        tokens, lengths, places, ranks, _ = make_batch(part, 0.0, run.device)
+    for part in micro_batches(examples, cfg.micro_batch_size or cfg.batch_size):
+        batch = make_batch(part, run.device)
         with run.autocast():
-            scores = score_batch(model, tokens, lengths, places, ranks)  # (B, K)
-        losses.append(reward_model_loss(scores, ranks))
+            _, stats = loss_of(model, batch, cfg)
+        scores = stats["scores"]  # (B, K)
+        losses.append(reward_model_loss(scores, batch["ranks"]))
         for b, e in enumerate(part):
             for i in range(len(e["ranks"])):
                 for j in range(len(e["ranks"])):
@@ -150,25 +152,23 @@ def evaluate(model, examples, cfg, run):
 
 
 @torch.no_grad()
-def inspect(model, examples, cfg, run):
+def tensors_of(model, batch, cfg, run):
     """For the ledger: the score after each token (the last one's counts), and each prompt's loss.
 
-    A forward pass of its own, in evaluation mode: the step's random numbers stay the same.
+    Forward passes of its own, in evaluation mode: the step's random numbers stay the same.
     """
     model.eval()
-    batch = make_batch(examples, cfg.margin, run.device)
-    tokens, lengths, places, ranks, _ = batch
+    tokens, lengths, mask = batch["tokens"], batch["lengths"], batch["mask"]
+    prompt, answer = batch["places"].unbind(1)  # (N,), (N,)
     with run.autocast():
-        losses = loss_of(model, batch)  # (B,)
+        losses, _ = loss_of(model, batch, cfg)  # (B,)
         raw = model.raw(tokens)[:, 1:]  # (N, T-1), after reading tokens[:, 1:]
     model.train()
-    prompt_lens = torch.tensor([e["prompt_len"] for e in examples], device=run.device)[places[:, 0]]
-    mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (N, T-1)
     return {"tokens": tokens, "lengths": lengths, "response_mask": mask,
             "raw_scores": torch.where(mask, raw, torch.zeros_like(raw)),
             "scores": raw.gather(1, (lengths - 2)[:, None]).squeeze(1),
-            "losses": losses[places[:, 0]], "example": places[:, 0],
-            "rank": ranks[places[:, 0], places[:, 1]]}  # each (N,)
+            "losses": losses[prompt], "example": prompt,
+            "rank": batch["ranks"][prompt, answer]}  # each (N,)
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def measure_scores(model, policy, prompts, cfg, run):
     """Mean and deviation of the raw scores of the SFT model's own answers, those that ended."""
     model.eval()
     scores = []
-    for start in range(0, len(prompts), cfg.batch_size):
+    for part in micro_batches(prompts, cfg.batch_size):
         with run.autocast():
-            rollout = generate(policy, prompts[start : start + cfg.batch_size], cfg.max_new_tokens,
-                               [run.tokenizer.end_id], generator=run.generator)
+            rollout = generate(policy, part, cfg.max_new_tokens, [run.tokenizer.end_id],
+                               generator=run.generator)
             scores.append(model.score(rollout.tokens, rollout.lengths)[rollout.ended])
     scores = torch.cat(scores)
     if len(scores) < 2:
@@ -198,12 +198,12 @@ def main(cfg):
     # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
     rows = read_preferences(cfg.data)
     policy = run.model("init")
-    examples = encode(rows, run.tokenizer, policy.cfg.block_size, cfg)
-    texts = ["\n".join(m["content"] for m in rows[e["row"]]["messages"]) for e in examples]
-    train, held_out = ([examples[i] for i in side] for side in
+    encoded = encode(rows, run.tokenizer, policy.cfg.block_size, cfg)
+    texts = ["\n".join(m["content"] for m in rows[e["row"]]["messages"]) for e in encoded]
+    train, held_out = ([encoded[i] for i in side] for side in
                        split_by_prompt(texts, cfg.held_out, run.data_order))
     if not train or not held_out:
-        raise UserError(f"{cfg.data}: {len(examples)} prompts with a strict pair are too few")
+        raise UserError(f"{cfg.data}: {len(encoded)} prompts with a strict pair are too few")
     # The SFT model will answer these to set the scores' scale; a cut row's prompt may have no room.
     prompts = [run.tokenizer.encode_prompt(rows[e["row"]]["messages"]) for e in train]
     prompts = [ids for ids in prompts if len(ids) < policy.cfg.block_size][: cfg.num_normalize]
@@ -211,9 +211,8 @@ def main(cfg):
         raise UserError(f"--num_normalize {cfg.num_normalize} with {len(train)} prompts to train "
                         "on: at least 2 prompts are needed to measure the scores' deviation")
     lengths = [max(map(len, e["ids"])) for e in train]
-    batches = [batch for _ in range(cfg.num_epochs)
-               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
-    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
+    plan = plan_batches(lengths, cfg.num_epochs, cfg.batch_size, run.data_order)
+    num_steps, micro = len(plan), cfg.micro_batch_size or cfg.batch_size
 
     # 3. Model and optimizer.
     model = ScalarModel(policy.cfg, policy.trunk).to(run.device)
@@ -223,9 +222,9 @@ def main(cfg):
     def largest_batch():
         longest = max(train, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))
         with run.autocast():
-            losses = loss_of(model, make_batch([longest] * min(micro, cfg.batch_size), cfg.margin,
-                                               run.device))
-        losses.mean().backward()
+            losses, _ = loss_of(
+                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
+        losses.sum().backward()
         optimizer.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--micro_batch_size or --batch_size")
@@ -236,26 +235,26 @@ def main(cfg):
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
-        batch = [train[i] for i in batches[step - 1]]
+        examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
+        denominator = len(examples)  # however the batch is split, each prompt weighs the same
         loss = 0.0
-        for start in range(0, len(batch), micro):
-            part = batch[start : start + micro]
-            ledger.record(step, lambda: inspect(model, part, cfg, run))
-            tensors = make_batch(part, cfg.margin, run.device)
+        for part in micro_batches(examples, micro):
+            batch = make_batch(part, run.device)
+            ledger.record(step, lambda: tensors_of(model, batch, cfg, run))
             with run.autocast():
-                losses = loss_of(model, tensors)  # (b,)
-            micro_loss = losses.sum() / len(batch)  # prompts weigh the same, however they are split
+                losses, _ = loss_of(model, batch, cfg)  # (b,)
+            micro_loss = losses.sum() / denominator
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
-            num_tokens += tensors[0].numel()
+            num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % cfg.eval_every == 0 or step == num_steps:
+        if due(step, cfg.eval_every, num_steps):
             run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
@@ -265,9 +264,9 @@ def main(cfg):
             model.score_mean.copy_(mean)
             model.score_std.copy_(std)
             print(f"scores | raw mean {mean:.3f}, deviation {std:.3f} on the SFT model's answers")
-        if step % cfg.save_every == 0 or step == num_steps:
+        if due(step, cfg.save_every, num_steps):
             run.save(step, model=model, optimizer=optimizer)
-    run.draw()
+    draw_curves(run.folder)
     return run.history
 
 

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import epoch_batches, fit, pad_right, shifted_mask
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_demonstrations
+from minirlhf.batches import fit, micro_batches, pad_right, plan_batches, shifted_mask
 from minirlhf.generate import generate
-from minirlhf.ledger import Ledger
 from minirlhf.losses import sft_loss
 from minirlhf.masked import token_logprobs
-from minirlhf.optim import lr_at, make_optimizer, set_lr
-from minirlhf.runs import start_run
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_demonstrations
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.runs import due, start_run
+from minirlhf.look.ledger import Ledger
+from minirlhf.look.plot import draw_curves
 
 
 @dataclass
@@ -30,20 +32,20 @@ class Config:
     init: str = "out/pretrain"  # run folder of the base model
     data: str = "data/toy/demonstrations.jsonl"  # demonstrations, any accepted format
     out: str = "out/sft"  # the run's folder
-    num_epochs: int = 4  # passes over the demonstrations
-    batch_size: int = 32  # dialogues per optimizer step
+    num_epochs: int = 4  # passes over the demonstrations; above 0
+    batch_size: int = 32  # dialogues per optimizer step; above 0
     micro_batch_size: int = 0  # dialogues per forward pass (0: the whole batch)
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps until the peak
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; above 0
     too_long: str = "refuse"  # dialogues longer than the context: refuse | drop | cut
-    held_out: float = 0.05  # share of the dialogues kept for evaluation
-    eval_every: int = 150  # steps between evaluations
-    save_every: int = 200  # steps between checkpoints
+    held_out: float = 0.05  # share of the dialogues kept for evaluation; up to 1
+    eval_every: int = 150  # steps between evaluations; above 0
+    save_every: int = 200  # steps between checkpoints; above 0
     ledger_every: int = 50  # steps between records of every tensor (0: none)
-    num_samples: int = 3  # held-out prompts answered greedily at each evaluation
+    num_samples: int = 3  # held-out prompts answered greedily at each evaluation; above 0
     seed: int = 0  # of the data order
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
@@ -63,16 +65,18 @@ def encode(rows, tokenizer, max_len, cfg):
 
 
 def make_batch(examples, device):
-    """[(ids, mask)] -> tokens (B, T) int64, mask (B, T-1) bool on tokens[:, 1:]."""
-    tokens, _ = pad_right([ids for ids, _ in examples], device)
-    return tokens, shifted_mask([mask for _, mask in examples], tokens.shape[1], device)
+    """[(ids, mask)] -> tokens (B, T) int64, lengths (B,), mask (B, T-1) bool on tokens[:, 1:]."""
+    tokens, lengths = pad_right([ids for ids, _ in examples], device)
+    mask = shifted_mask([mask for _, mask in examples], tokens.shape[1], device)
+    return {"tokens": tokens, "lengths": lengths, "mask": mask}
 
 
-def loss_of(model, tokens, mask, denominator=None):
-    """Mean negative log-likelihood, in nats per trained token."""
+def loss_of(model, batch, cfg):
+    """Negative log-likelihood in nats, summed over the trained tokens: (); and all log-probs."""
+    tokens = batch["tokens"]  # (B, T)
     logits = model(tokens)  # (B, T, V)
     logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (B, T-1)
-    return sft_loss(logprobs, mask, denominator)
+    return sft_loss(logprobs, batch["mask"], denominator=1), {"logprobs": logprobs.detach()}
 
 
 @torch.no_grad()
@@ -80,30 +84,28 @@ def evaluate(model, examples, cfg, run):
     """Held-out loss in nats per trained token."""
     model.eval()
     total, count = 0.0, 0
-    micro = cfg.micro_batch_size or cfg.batch_size
-    for start in range(0, len(examples), micro):
-        tokens, mask = make_batch(examples[start : start + micro], run.device)
+    for part in micro_batches(examples, cfg.micro_batch_size or cfg.batch_size):
+        batch = make_batch(part, run.device)
         with run.autocast():
-            total += loss_of(model, tokens, mask, denominator=1).item()
-        count += mask.sum().item()
+            losses, _ = loss_of(model, batch, cfg)
+        total += losses.sum().item()
+        count += batch["mask"].sum().item()
     model.train()
-    return total / count
+    return {"val_loss": total / count}
 
 
 @torch.no_grad()
-def inspect(model, examples, run):
+def tensors_of(model, batch, cfg, run):
     """For the ledger: each trained token's loss in nats.
 
     A forward pass of its own, in evaluation mode: the step's random numbers stay the same.
     """
     model.eval()
-    tokens, lengths = pad_right([ids for ids, _ in examples], run.device)  # (B, T), (B,)
-    _, mask = make_batch(examples, run.device)  # (B, T-1)
     with run.autocast():
-        logits = model(tokens)  # (B, T, V)
-    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])  # (B, T-1)
+        _, stats = loss_of(model, batch, cfg)
     model.train()
-    return {"tokens": tokens, "lengths": lengths, "response_mask": mask,
+    mask, logprobs = batch["mask"], stats["logprobs"]  # (B, T-1), (B, T-1)
+    return {"tokens": batch["tokens"], "lengths": batch["lengths"], "response_mask": mask,
             "token_losses": torch.where(mask, -logprobs, torch.zeros_like(logprobs))}
 
 
@@ -124,27 +126,27 @@ def main(cfg):
     # 2. Data: encode, hold some out, plan the batches of all epochs.
     rows = read_demonstrations(cfg.data)
     model = run.model("init")
-    examples = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
-    order = torch.randperm(len(examples), generator=run.data_order).tolist()
-    num_held_out = max(1, int(cfg.held_out * len(examples)))
-    held_out = [examples[i] for i in order[:num_held_out]]
-    train = [examples[i] for i in order[num_held_out:]]
+    encoded = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
+    order = torch.randperm(len(encoded), generator=run.data_order).tolist()
+    num_held_out = max(1, int(cfg.held_out * len(encoded)))
+    held_out = [encoded[i] for i in order[:num_held_out]]
+    train = [encoded[i] for i in order[num_held_out:]]
     if not train:
-        raise UserError(f"{cfg.data}: {len(examples)} dialogues are too few to train on")
+        raise UserError(f"{cfg.data}: {len(encoded)} dialogues are too few to train on")
     lengths = [len(ids) for ids, _ in train]
-    batches = [batch for _ in range(cfg.num_epochs)
-               for batch in epoch_batches(lengths, cfg.batch_size, run.data_order)]
-    num_steps, micro = len(batches), cfg.micro_batch_size or cfg.batch_size
+    plan = plan_batches(lengths, cfg.num_epochs, cfg.batch_size, run.data_order)
+    num_steps, micro = len(plan), cfg.micro_batch_size or cfg.batch_size
 
     # 3. Model and optimizer.
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
     def largest_batch():
-        longest = max(train, key=lambda example: len(example[0]))
+        longest = train[lengths.index(max(lengths))]
         with run.autocast():
-            loss = loss_of(model, *make_batch([longest] * min(micro, cfg.batch_size), run.device))
-        loss.backward()
+            losses, _ = loss_of(
+                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
+        losses.sum().backward()
         optimizer.zero_grad(set_to_none=True)
 
     run.preflight(largest_batch, "--micro_batch_size or --batch_size")
@@ -155,35 +157,34 @@ def main(cfg):
     model.train()
     num_tokens = 0
     for step in range(first_step + 1, num_steps + 1):
-        batch = [train[i] for i in batches[step - 1]]
+        examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         # The whole batch's token count: however it is split, each token weighs the same.
-        denominator = sum(sum(mask) for _, mask in batch)
+        denominator = sum(sum(mask) for _, mask in examples)
         loss = 0.0
-        for start in range(0, len(batch), micro):
-            part = batch[start : start + micro]
-            ledger.record(step, lambda: inspect(model, part, run))
-            tokens, mask = make_batch(part, run.device)
+        for part in micro_batches(examples, micro):
+            batch = make_batch(part, run.device)
+            ledger.record(step, lambda: tensors_of(model, batch, cfg, run))
             with run.autocast():
-                micro_loss = loss_of(model, tokens, mask, denominator)
+                losses, _ = loss_of(model, batch, cfg)
+            micro_loss = losses.sum() / denominator
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
-            num_tokens += tokens.numel()
+            num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % cfg.eval_every == 0 or step == num_steps:
-            run.log(step, num_steps, num_tokens, loss=loss,
-                    val_loss=evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
-                    lr=optimizer.param_groups[0]["lr"])
+        if due(step, cfg.eval_every, num_steps):
+            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
             show_samples(model, held_out[: cfg.num_samples], step, run)
-        if step % cfg.save_every == 0 or step == num_steps:
+        if due(step, cfg.save_every, num_steps):
             run.save(step, model=model, optimizer=optimizer)
-    run.draw()
+    draw_curves(run.folder)
     return run.history
 
 

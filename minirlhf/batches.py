@@ -2,7 +2,7 @@
 
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.plumbing.errors import UserError
 
 
 def pad_right(rows, device="cpu"):
@@ -75,6 +75,20 @@ def epoch_batches(lengths, batch_size, generator):
         near = sorted(order[start : start + pool], key=lambda i: lengths[i])
         batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def plan_batches(lengths, num_epochs, batch_size, generator):
+    """`epoch_batches` of every epoch, one after the other: step k's batch is plan[k - 1].
+
+    Drawn for the whole run at once, so that a resumed run needs no saved loader state.
+    """
+    return [batch for _ in range(num_epochs)
+            for batch in epoch_batches(lengths, batch_size, generator)]
+
+
+def micro_batches(examples, size):
+    """A batch's parts of `size` examples, the last perhaps smaller: as much as memory holds."""
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def split_by_prompt(prompts, share, generator):

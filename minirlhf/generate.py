@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.batches import pad_right
-from minirlhf.config import UserError
+from minirlhf.plumbing.errors import UserError
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.config import UserError
+from minirlhf.plumbing.errors import UserError
 
 
 @dataclass

@@ -12,20 +12,17 @@ is the same for everybody, so tiktoken does it for us with our ranks, fast.
 
 import argparse
 import base64
-import gzip
 import hashlib
 import heapq
 import json
-import os
 import sys
-import zlib
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import regex  # like re, but it knows \p{L}, "any letter of any script"
 import tiktoken
 
-from minirlhf.config import UserError, no_such_file
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import read_file, write_text
 
 # Their ids follow the ranks, in this order. They exist only as ids: no text encodes to them.
 SPECIAL_TOKENS = ("<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -234,11 +231,7 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json, a token a line; whole or not at all, even if interrupted."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path):
@@ -340,17 +333,6 @@ def check_messages(messages, add_assistant=False):
 
 
 # ---------------------------------------------------------------- files and command line
-
-def read_file(path):
-    """Text of a UTF-8 file, unzipped if it ends in .gz; ValueError naming it if that fails."""
-    try:
-        raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8")
-    except FileNotFoundError as error:
-        raise no_such_file(path) from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # folder, bad gzip, ...
-        raise UserError(f"{path}: can't be read as text: {error}") from error
-
 
 def read_texts(path):
     """List of texts in a file: the whole of it, or every string in the lines of a .jsonl."""

@@ -36,9 +36,10 @@ import train_ppo  # noqa: E402
 import train_pretrain  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
-from minirlhf.formats import read_samples, write_jsonl  # noqa: E402
-from minirlhf.runs import Run  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
+from minirlhf.plumbing.files import write_jsonl  # noqa: E402
+from minirlhf.plumbing.formats import read_samples  # noqa: E402
+from minirlhf.plumbing.runs import Run  # noqa: E402
 
 Run.draw = lambda run: None  # the notebooks draw for themselves
 JUDGE = f"{ROOT / 'data' / 'toy' / 'judge.py'}:judge"

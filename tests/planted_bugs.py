@@ -184,7 +184,7 @@ BUGS = [
         "    actor.train()  # dropout off",
         "test_check_03",
         "train() before the update, as every training loop has it"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "return model.eval().requires_grad_(False)",
         "return model.requires_grad_(False)",
         "test_check_03",
@@ -1249,7 +1249,7 @@ BUGS = [
         "collect_rollout(actor, policy, reward_model, [prompts",
         "test_check_19",
         "the policy is handed over as the reference"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "return model.eval().requires_grad_(False)",
         "return model.eval()",
         "test_check_19",
@@ -1307,7 +1307,7 @@ BUGS = [
         'lr_at(step, cfg.num_steps, lr, 0, cfg.final_lr, "linear")',
         "test_check_20",
         "the schedule is a step ahead"),
-    Bug("minirlhf/optim.py",
+    Bug("minirlhf/plumbing/optim.py",
         "    for group in optimizer.param_groups:",
         "    for group in optimizer.param_groups[:1]:",
         "test_check_20",
@@ -1438,17 +1438,17 @@ BUGS = [
         "make_optimizer(part, lr)",
         "test_check_21",
         "PPO with the eps of supervised training"),
-    Bug("minirlhf/optim.py",
+    Bug("minirlhf/plumbing/optim.py",
         "betas=(0.9, 0.95)",
         "betas=(0.9, 0.9)",
         "test_check_21",
         "two equal betas"),
-    Bug("minirlhf/optim.py",
+    Bug("minirlhf/plumbing/optim.py",
         "lr=lr, betas=betas, eps=eps",
         "lr=lr, betas=betas[::-1], eps=eps",
         "test_check_21",
         "the betas change places"),
-    Bug("minirlhf/optim.py",
+    Bug("minirlhf/plumbing/optim.py",
         "lr=lr, betas=betas, eps=eps",
         "lr=lr, eps=eps",
         "test_check_21",
@@ -1990,7 +1990,7 @@ BUGS = [
         'print(f"data   | {len(examples):,} prompts of {cfg.data}, 0 left out"',
         "test_check_27",
         "rows without a strict pair are dropped in silence"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         '    messages = check_messages(messages, last="assistant")\n'
         '    return messages[:-1], messages[-1]["content"]',
         '    messages = check_messages(messages, last="assistant")\n'
@@ -2102,7 +2102,7 @@ BUGS = [
         "couples = [(0, K - 1)]",
         "test_check_28",
         "best against worst also where all are equal"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         'ranks = row.get("ranks", list(range(K)))',
         "ranks = list(range(K))",
         "test_check_28",
@@ -2153,7 +2153,7 @@ BUGS = [
         "device=run.device)",
         "test_check_29",
         "a reference log-prob of 0 is taken for a missing one"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         '    if "rating" in row:\n',
         '    if row.get("rating"):\n',
         "test_check_29",
@@ -2573,13 +2573,13 @@ BUGS = [
         "critic = None if cfg.share_critic else copy.copy(reward_model).requires_grad_(True)",
         "test_check_34",
         "a shallow copy: critic and reward model share their weights"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "    torch.manual_seed(cfg.seed)\n"
         "    return run",
         "    return run",
         "test_check_34",
         "new weights are drawn outside the seed's reach"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "    torch.manual_seed(cfg.seed)\n"
         "    return run",
         "    torch.manual_seed(0)\n"
@@ -2830,7 +2830,7 @@ BUGS = [
         "return -token_logprobs(model(blocks), blocks).mean()",
         "test_check_38",
         "each position is asked for the token it can see"),
-    Bug("minirlhf/optim.py",
+    Bug("minirlhf/plumbing/optim.py",
         "return lr * (final + (1 - final) * left)",
         "return lr * (final + (1 - final) * (1 - left)) * 0.01",
         "test_check_38",
@@ -2863,7 +2863,7 @@ BUGS = [
         "return rewards",
         "test_check_38",
         "the score never reaches the rewards"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         'candidates, used = [row["chosen"], row["rejected"]], used + ["chosen", "rejected"]',
         'candidates, used = [row["rejected"], row["chosen"]], used + ["chosen", "rejected"]',
         "test_check_38",
@@ -2895,14 +2895,14 @@ BUGS = [
         "the schedule is one step ahead"),
 
     # test_a_checkpoint_holds_all
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "return build_model(ckpt).to(device).eval(), Tokenizer",
         "return build_model(ckpt).to(device), Tokenizer",
         "test_a_checkpoint_holds_all",
         "a loaded model is left in training mode"),
 
     # test_a_checkpoint_of_another
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'self.tokenizer.fingerprint() != tokenizer.fingerprint()',
         'self.tokenizer.n_vocab != tokenizer.n_vocab',
         "test_a_checkpoint_of_another",
@@ -2921,7 +2921,7 @@ BUGS = [
         "a chat's answer loses a token of its room"),
 
     # test_a_folder_in_use
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'if out.resolve() == Path(getattr(cfg, name)).resolve():',
         'if out == Path(getattr(cfg, name)):',
         "test_a_folder_in_use",
@@ -2935,17 +2935,17 @@ BUGS = [
         "--dropout is ignored with --size"),
 
     # test_a_resumed_run_equals
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         '        self.scaler.load_state_dict(ckpt["scaler"])\n',
         "",
         "test_a_resumed_run_equals",
         "the loss scale is lost when a run goes on"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         '        self.generator.set_state(ckpt["generator"])\n',
         "",
         "test_a_resumed_run_equals",
         "the sampling generator starts anew when a run goes on"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'self.history = [row for row in rows if row["step"] <= ckpt["step"]]',
         "self.history = rows",
         "test_a_resumed_run_equals",
@@ -2979,7 +2979,7 @@ BUGS = [
         "batch = [train[i] for i in batches[step - 1 - first_step]]",
         "test_a_resumed_run_equals",
         "a resumed run begins its data anew"),
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         '        torch.set_rng_state(ckpt["rng"])\n',
         "",
         "test_a_resumed_run_equals",
@@ -3345,28 +3345,28 @@ BUGS = [
         "RoPE turns the values too"),
 
     # test_matrix_products
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'enabled=self.dtype != torch.float32)',
         'enabled=self.dtype == torch.bfloat16)',
         "test_matrix_products",
         "--dtype float16 is ignored"),
 
     # test_mistakes_are_refused
-    Bug("minirlhf/config.py",
+    Bug("minirlhf/plumbing/config.py",
         "allow_abbrev=False",
         "allow_abbrev=True",
         "test_mistakes_are_refused",
         "a shortened option is guessed"),
 
     # test_no_other_option
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'free = {"resume", "overwrite", "device", "threads"}',
         'free = {"resume", "overwrite", "device", "threads", "num_steps"}',
         "test_no_other_option",
         "a resumed run may change its number of steps, and so its schedule"),
 
     # test_prompts
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         'return {**meta, **{key: row[key] for key in row if key != "meta" and key not in used}}',
         'return {**{key: row[key] for key in row if key != "meta" and key not in used}, **meta}',
         "test_prompts",
@@ -3380,14 +3380,14 @@ BUGS = [
         "rows are held out, not prompts"),
 
     # test_ranked_list_keeps
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         "return [[grade_number(grades[i][j]) if i < j else 0 for j in range(K)] for i in range(K)]",
         "return [[grade_number(grades[i][j]) for j in range(K)] for i in range(K)]",
         "test_ranked_list_keeps",
         "the grades below the diagonal make margins for the worse answer"),
 
     # test_rating_of_a_pair
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         "return GRADES.index(value)",
         "return 3 - GRADES.index(value)",
         "test_rating_of_a_pair",
@@ -3411,12 +3411,12 @@ BUGS = [
         "a record draws from the generator of dropout"),
 
     # test_refused_rows
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         'if any(prompt != prompts[0] for prompt in prompts):',
         'if any(prompt[-1] != prompts[0][-1] for prompt in prompts):',
         "test_refused_rows",
         "answers to different conversations are compared"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         'if messages[-1] == {"role": "assistant", "content": ""}:',
         'if messages[-1]["role"] == "assistant":',
         "test_refused_rows",
@@ -3503,19 +3503,19 @@ BUGS = [
         "the early stop skips a minibatch and goes on"),
 
     # test_text_files
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         '.decode("utf-8").rstrip("\\r\\n")',
         '.decode("utf-8").rstrip()',
         "test_text_files",
         "trailing spaces of pretraining text are lost"),
-    Bug("minirlhf/formats.py",
+    Bug("minirlhf/plumbing/formats.py",
         're.sub(r"\\n\\s*\\n", "\\n", text.strip())',
         're.sub(r"\\n\\n+", "\\n", text.strip())',
         "test_text_files",
         "a line of spaces splits one document into two"),
 
     # test_the_terminal_shows
-    Bug("minirlhf/ledger.py",
+    Bug("minirlhf/look/ledger.py",
         'line += paint("  yes", "1", colour) if clipped[i - 1]',
         'line += paint("  yes", "1", colour) if clipped[min(i, len(clipped) - 1)]',
         "test_the_terminal_shows",
@@ -3571,21 +3571,21 @@ BUGS = [
         'rewards = sequence_logprobs(log_ratios, mask)',
         "test_the_record_of_compared",
         "recorded implicit rewards lack beta"),
-    Bug("minirlhf/ledger.py",
+    Bug("minirlhf/look/ledger.py",
         'places.sort(key=lambda i: rows["rank"][i] if "rank" in rows else 0)',
         'pass',
         "test_the_record_of_compared",
         "best and worst are the first and the last in the file"),
 
     # test_the_seed_reaches
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'torch.Generator(self.device).manual_seed(cfg.seed)  # for sampling',
         'torch.Generator(self.device).manual_seed(0)  # for sampling',
         "test_the_seed_reaches",
         "sampling ignores the seed"),
 
     # test_tokens_per_second
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         'self._clock)\n        self._clock = time.time()\n',
         'self._clock)\n',
         "test_tokens_per_second",
@@ -3625,7 +3625,7 @@ BUGS = [
         "LayerNorm has a bias where there should be none"),
 
     # test_write_atomically
-    Bug("minirlhf/runs.py",
+    Bug("minirlhf/plumbing/runs.py",
         "write(part)\n"
         "    os.replace(part, path)",
         "write(path)",

@@ -16,10 +16,10 @@ from tiny_road import SCRIPTS, chat, write_rows
 import evaluate
 import sample
 import speedrun
-from minirlhf import runs
-from minirlhf.config import command_line
-from minirlhf.runs import load_checkpoint
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.plumbing import runs
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.runs import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,8 @@ import torch
 
 from minirlhf.batches import (encode_answer, encode_prompts, epoch_batches, fit, pack, pad_right,
                               random_blocks, response_mask, shifted_mask, split_by_prompt)
-from minirlhf.config import UserError
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.plumbing.errors import UserError
 
 
 @pytest.fixture(scope="module")

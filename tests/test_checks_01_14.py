@@ -20,8 +20,8 @@ from minirlhf import generate as sampling
 from minirlhf.batches import pad_right
 from minirlhf.losses import ppo_policy_loss, ppo_value_loss, sft_loss
 from minirlhf.model import ScalarModel
-from minirlhf.optim import make_optimizer
-from minirlhf.runs import build_model, frozen, load_checkpoint, load_model, start_run
+from minirlhf.plumbing.optim import make_optimizer
+from minirlhf.plumbing.runs import build_model, frozen, load_checkpoint, load_model, start_run
 
 STAGES = ["sft", "rm", "dpo", "ppo"]
 NAN = float("nan")

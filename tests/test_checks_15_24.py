@@ -23,9 +23,9 @@ from minirlhf.batches import pad_right
 from minirlhf.generate import Rollout
 from minirlhf.masked import token_logprobs
 from minirlhf.model import GPT, ActorCritic, ScalarModel
-from minirlhf.optim import make_optimizer
 from minirlhf.rl import gae, group_advantages, kl_estimate
-from minirlhf.runs import Run, frozen, load_checkpoint, load_model
+from minirlhf.plumbing.optim import make_optimizer
+from minirlhf.plumbing.runs import Run, frozen, load_checkpoint, load_model
 
 
 def responses(rollout, *names):

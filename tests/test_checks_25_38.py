@@ -20,12 +20,12 @@ import train_pretrain
 import train_rm
 import train_sft
 from conftest import close
-from minirlhf.config import UserError
-from minirlhf.formats import read_rows
 from minirlhf.generate import Rollout, generate
 from minirlhf.model import ScalarModel
-from minirlhf.optim import make_optimizer
-from minirlhf.runs import Run, build_model, frozen, load_checkpoint, load_model, start_run
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_rows
+from minirlhf.plumbing.optim import make_optimizer
+from minirlhf.plumbing.runs import Run, build_model, frozen, load_checkpoint, load_model, start_run
 
 
 # ---------------------------------------------------------------- what several checks use

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from minirlhf.config import UserError, command_line, field_comments, parse_config
+from minirlhf.plumbing.config import command_line, field_comments, parse_config
+from minirlhf.plumbing.errors import UserError
 
 
 @dataclass

@@ -9,9 +9,9 @@ from tiny_road import PROMPTS
 
 import evaluate
 from conftest import close
-from minirlhf.formats import read_samples
-from minirlhf.runs import load_function, load_model
-from minirlhf.stats import wilson
+from minirlhf.plumbing.formats import read_samples
+from minirlhf.plumbing.runs import load_function, load_model
+from minirlhf.plumbing.stats import wilson
 
 TOOLS = '''
 def judge(row, response, ended):

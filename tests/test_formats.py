@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf import formats
-from minirlhf.config import UserError
+from minirlhf.plumbing import formats
+from minirlhf.plumbing.errors import UserError
 
 USER = {"role": "user", "content": "Name a colour."}
 ASSISTANT = {"role": "assistant", "content": "Green."}

@@ -12,11 +12,11 @@ from tiny_road import with_dropout, without_clock, write_rows
 
 import sample
 from conftest import close
-from minirlhf import ledger, plot
-from minirlhf.config import UserError
-from minirlhf.formats import read_preferences
 from minirlhf.rl import gae
-from minirlhf.runs import load_checkpoint, load_model
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_preferences
+from minirlhf.plumbing.runs import load_checkpoint, load_model
+from minirlhf.look import ledger, plot
 
 STAGES = ["sft", "rm", "dpo", "ppo"]
 ROOT = Path(__file__).parent.parent
@@ -211,7 +211,7 @@ def test_control_characters_and_escape_codes_are_shown_not_obeyed():
 
 def test_a_reader_that_has_seen_enough_is_no_error(road, tmp_path):
     recorded("ppo", road, tmp_path)
-    done = subprocess.run(f"{sys.executable} -m minirlhf.ledger {tmp_path} | true", shell=True,
+    done = subprocess.run(f"{sys.executable} -m minirlhf.look.ledger {tmp_path} | true", shell=True,
                           cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
 

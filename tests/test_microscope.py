@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import ledger, microscope
-from minirlhf.config import UserError
 from minirlhf.losses import (dpo_loss, ppo_policy_loss, ppo_value_loss, reward_model_loss,
                              sft_loss, surrogate_losses)
+from minirlhf.plumbing.errors import UserError
+from minirlhf.look import ledger, microscope
 
 ATTACK = "</script><script>window.hacked = 1; alert(1)</script>"
 HOSTILE = [ATTACK, "<img src=x onerror='window.hacked = 1'>", "<!--", "<!--<script>", "-->", "]]>",

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from minirlhf.model import GPT, ScalarModel
-from minirlhf.optim import lr_at, make_optimizer, set_lr
+from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
 
 
 def test_only_matrices_decay_and_every_parameter_is_there_once():

@@ -30,10 +30,10 @@ from minirlhf.generate import Rollout, generate
 from minirlhf.losses import dpo_loss, ppo_policy_loss, ppo_value_loss, reward_model_loss, sft_loss
 from minirlhf.masked import masked_whiten
 from minirlhf.model import ActorCritic, ScalarModel
-from minirlhf.optim import lr_at, make_optimizer
 from minirlhf.rl import gae, kl_estimate
-from minirlhf.runs import load_function
 from minirlhf.tokenizer import Tokenizer, merge_pair
+from minirlhf.plumbing.optim import lr_at, make_optimizer
+from minirlhf.plumbing.runs import load_function
 from parity import (README, Row, find_fault, find_orphans, read_table, relative_error,
                     with_table)
 from parity import parity  # noqa: F401  (a fixture: tests ask for it by its name)

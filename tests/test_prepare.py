@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from minirlhf import formats
-from minirlhf.download import download
+from minirlhf.plumbing import formats
+from minirlhf.plumbing.download import download
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real files; the tests that need them skip without

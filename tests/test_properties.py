@@ -29,10 +29,8 @@ from conftest import FLAVOURS, awake_gpt, tiny_config, wake
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from minirlhf import formats
 from minirlhf.batches import (encode_answer, epoch_batches, fit, pad_right, response_mask,
                               split_by_prompt)
-from minirlhf.config import ABOVE_0, ANY_SIGN, UP_TO_1, UserError, parse_config
 from minirlhf.generate import generate
 from minirlhf.losses import (dpo_loss, ppo_policy_loss, ppo_value_loss, reward_model_loss,
                              sft_loss)
@@ -40,8 +38,11 @@ from minirlhf.masked import (masked_mean, masked_sum, masked_var, masked_whiten,
                              sequence_logprobs, token_logprobs)
 from minirlhf.model import GPT, ActorCritic, ScalarModel
 from minirlhf.rl import gae, kl_estimate, normalize_scores, token_rewards
-from minirlhf.runs import CKPT_KEYS, load_checkpoint
 from minirlhf.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minirlhf.plumbing import formats
+from minirlhf.plumbing.config import ABOVE_0, ANY_SIGN, UP_TO_1, parse_config
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.runs import CKPT_KEYS, load_checkpoint
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
 SEEDS = st.integers(0, 999)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from tiny_road import SCRIPTS
 
-from minirlhf import plot, runs
-from minirlhf.config import UserError
 from minirlhf.model import GPT, ScalarModel
-from minirlhf.runs import (Run, build_model, changed_settings, load_checkpoint, load_function,
-                           load_model, pick_device, pick_dtype, start_run, write_atomically)
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.plumbing import runs
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_atomically
+from minirlhf.plumbing.runs import (Run, build_model, changed_settings, load_checkpoint,
+                                    load_function, load_model, pick_device, pick_dtype, start_run)
+from minirlhf.look import plot
 
 
 def same(a, b):

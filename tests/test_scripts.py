@@ -15,10 +15,10 @@ import train_dpo
 import train_ppo
 import train_pretrain
 import train_rm
-from minirlhf.config import field_comments, parse_config
-from minirlhf.formats import read_rows, read_samples
 from minirlhf.model import SIZES
-from minirlhf.runs import load_checkpoint
+from minirlhf.plumbing.config import field_comments, parse_config
+from minirlhf.plumbing.formats import read_rows, read_samples
+from minirlhf.plumbing.runs import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 

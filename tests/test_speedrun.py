@@ -12,7 +12,7 @@ import pytest
 
 import evaluate
 import speedrun
-from minirlhf.config import parse_config
+from minirlhf.plumbing.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 

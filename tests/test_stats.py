@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from minirlhf.stats import bootstrap, compare, wilson
+from minirlhf.plumbing.stats import bootstrap, compare, wilson
 
 
 @pytest.mark.parametrize("successes, count, low, high", [

@@ -107,7 +107,7 @@ def test_training_shows_each_frame_and_each_subject_but_held_out_sums_and_revers
 
 
 def test_formats_reads_every_file(small_world, tmp_path):
-    formats = pytest.importorskip("minirlhf.formats")
+    formats = pytest.importorskip("minirlhf.plumbing.formats")
     prepare.main(["--out", str(tmp_path)])
     assert len(formats.read_demonstrations(tmp_path / "demonstrations.jsonl")) == 200
     prompts = formats.read_prompts(tmp_path / "prompts.jsonl")
@@ -351,7 +351,7 @@ def test_annotate_writes_what_formats_reads_and_counts_what_it_drops(tmp_path, c
     first = out.read_bytes()
     annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(out)])
     assert out.read_bytes() == first
-    formats = pytest.importorskip("minirlhf.formats")
+    formats = pytest.importorskip("minirlhf.plumbing.formats")
     read = formats.read_preferences(out)
     assert [row["answers"] for row in read] == [row["output"] for row in written]
     assert [row["grades"] for row in read] == [row["grades"] for row in written]

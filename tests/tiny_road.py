@@ -17,8 +17,8 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.model import ActorCritic
-from minirlhf.runs import frozen, load_checkpoint, start_run
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.plumbing.runs import frozen, load_checkpoint, start_run
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "ppo": train_ppo,
            "dpo": train_dpo}

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minirlhf.batches import encode_answer, pad_right
-from minirlhf.config import UserError, command_line
-from minirlhf.formats import read_preferences
-from minirlhf.runs import load_model, pick_device, pick_dtype
-from minirlhf.stats import wilson
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_preferences
+from minirlhf.plumbing.runs import autocast, load_model, pick_device, pick_dtype
+from minirlhf.plumbing.stats import wilson
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Config:
     folds: str = "out/real/data/fold0,out/real/data/fold1"  # folders with train and heldout.jsonl
     matched: float = 0.9  # pairs whose shorter answer has this share of the longer one's length
     l2: float = 0.01  # penalty on the bag of words' squared weights
-    batch_size: int = 32  # sequences per forward pass
+    batch_size: int = 32  # sequences per forward pass; above 0
     device: str = ""  # cuda or cpu (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16, of the matrix products
     threads: int = 1  # CPU threads
@@ -62,7 +63,7 @@ def model_gaps(folder, rows, cfg):
     scores = torch.zeros(len(sequences))
     for start in range(0, len(order), cfg.batch_size):
         part = order[start : start + cfg.batch_size]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             scores[part] = model.score(*pad_right([sequences[i] for i in part], device)).cpu()
     scores = (scores / model.score_std.cpu()).view(-1, 2)  # (N, 2); the mean would cancel
     return scores[:, 0] - scores[:, 1]

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.config import UserError, command_line
-from minirlhf.download import download
-from minirlhf.formats import as_document, parse_preference, read_lines, read_rows
-from minirlhf.formats import write_jsonl, write_lines
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.download import download
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import read_lines
+from minirlhf.plumbing.files import write_jsonl, write_lines
+from minirlhf.plumbing.formats import as_document, parse_preference, read_rows
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 NUM_FOLDS = 5
@@ -35,7 +37,7 @@ class Config:
     source: str = ""  # local folder in upstream's layout, or one file of pairs; empty: download
     out: str = "data/hh_rlhf"  # folder to write to
     subset: str = "helpful-base,helpful-rejection-sampled"  # which of upstream's folders
-    fold: int = -1  # hold out this fifth of the rows, 0 to 4; -1: the source's own split
+    fold: int = -1  # hold out this fifth of the rows, 0 to 4 (-1: the source's own); any sign
     max_chars: int = 0  # leave out pairs whose prompt and longer answer have more; 0: keep all
     url: str = URL  # where to download from
     sha256: str = ""  # file of checksums, as sha256sum writes it, to hold the download against

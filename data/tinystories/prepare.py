@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.config import UserError, command_line
-from minirlhf.download import download
-from minirlhf.formats import END_OF_TEXT, as_document, read_lines, write_lines
+from minirlhf.plumbing.config import command_line
+from minirlhf.plumbing.download import download
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import read_lines, write_lines
+from minirlhf.plumbing.formats import END_OF_TEXT, as_document
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 NAMES = {"train": "TinyStories-train.txt", "valid": "TinyStories-valid.txt"}  # upstream's

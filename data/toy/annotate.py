@@ -25,14 +25,14 @@ and for evaluation only, because no annotator could write them down and no train
 import argparse
 import json
 import math
-import os
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from judge import judge     # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+from judge import judge  # noqa: E402
+from minirlhf.plumbing.files import write_lines  # noqa: E402
 
 GRADE_THRESHOLDS = (1.0, 2.5, 4.5)      # utility differences from which on the grade is 1, 2, 3
 
@@ -155,9 +155,7 @@ def main(argv=None):
         if not rows:
             raise ValueError(f"{args.samples}: no prompt has 2 different answers that ended; "
                              "sample more per prompt (--num_samples) or train longer")
-        part = Path(args.out + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, args.out)
+        write_lines(args.out, map(json.dumps, rows))
     except (OSError, ValueError) as error:
         print(f"annotate.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

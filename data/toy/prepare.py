@@ -10,15 +10,16 @@ fewshot.txt            four good plain-text dialogues, for prompting the base mo
 """
 import argparse
 import json
-import os
 import random
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-import judge
-import world
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import judge  # noqa: E402
+import world  # noqa: E402
+from minirlhf.plumbing.files import write_text  # noqa: E402
 
 # ---- Tuning: what the pretraining text is made of, by number of documents ------------------------
 DOCUMENT_WEIGHTS = {"dialogue": 40, "exchange": 14, "facts": 8, "quiz": 12, "advice": 6, "sums": 7,
@@ -289,12 +290,10 @@ def make_files(seed):
 
 
 def write_file(path, content):
-    """Writes a text, or rows as JSON lines, under another name first: never half a file."""
+    """Writes a text, or rows as JSON lines: never half a file."""
     if not isinstance(content, str):
         content = "".join(json.dumps(row) + "\n" for row in content)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode("utf-8"))
-    os.replace(part, path)
+    write_text(path, content)
 
 
 def show(messages):

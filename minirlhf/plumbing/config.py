@@ -8,40 +8,12 @@ import math
 import re
 import sys
 
+from minirlhf.plumbing.errors import UserError
 
-class UserError(ValueError):
-    """Something a user can cause and mend: the message says what, where and how to mend it.
-
-    `command_line` prints it and exits with 2. Any other exception is a bug and keeps its traceback.
-    """
-
-
-MADE_BY = {  # the default inputs that a command of this project writes
-    "data/toy/tokenizer.json": "python -m minirlhf.tokenizer data/toy/pretrain.txt --vocab_size "
-                               "1280 --out data/toy/tokenizer.json",
-    "out/samples.jsonl": "python sample.py --prompts data/toy/prompts.jsonl --num_samples 6 --save "
-                         "out/samples.jsonl",
-    "out/preferences.jsonl": "python data/toy/annotate.py out/samples.jsonl --out "
-                             "out/preferences.jsonl",
-    **{f"data/toy/{name}": "python data/toy/prepare.py" for name in (
-        "pretrain.txt", "demonstrations.jsonl", "prompts.jsonl", "heldout.jsonl")},
+LIMITS = {  # how a number's comment may end, and what is then expected of it
+    "above 0": "above 0", "up to 1": "from 0 up to 1", "above 0, up to 1": "above 0 up to 1",
+    "any sign": "of any sign",
 }
-
-
-def no_such_file(path):
-    """The UserError for a missing file, with the command that makes it where one does."""
-    made_by = MADE_BY.get(str(path))
-    return UserError(f"{path}: no such file; "
-                     + (f"make it with: {made_by}" if made_by else "check the path"))
-
-
-# Numbers have to be finite and at least 0, except for these. Where 0 switches something off, the
-# field's comment says so.
-ABOVE_0 = ("n_layer", "n_head", "n_embd", "block_size", "num_steps", "num_epochs", "num_samples",
-           "batch_size", "rollout_size", "minibatch_size", "max_new_tokens", "eval_every",
-           "save_every", "grad_clip", "top_p")
-UP_TO_1 = ("dropout", "held_out", "label_smoothing", "gamma", "lam", "top_p")
-ANY_SIGN = ("missing_end_score",)
 
 
 def field_comments(config_class):
@@ -64,9 +36,10 @@ def parse_config(config_class, argv=None, description=None):
 
     `--lr 1` gives the float 1.0 where the field is a float; a bool field takes `--name` and
     `--no_name`; a field `from_` is the option `--from`, since `from` is a word of Python. A comment
-    with `this | that` in it lists all that a str may be. Raises UserError on an unknown option,
-    naming close matches, on a value of the wrong type, and on a number that makes no sense. Fields
-    are int, float, str or bool, with a default each.
+    with `this | that` in it lists all that a str may be, and one that ends in "; above 0" says what
+    a number may be (see check_numbers). Raises UserError on an unknown option, naming close
+    matches, on a value of the wrong type, and on a number that makes no sense. Fields are int,
+    float, str or bool, with a default each.
     """
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,17 +70,22 @@ def parse_config(config_class, argv=None, description=None):
 
 
 def check_numbers(cfg):
-    """Refuse numbers that would fail, or train nothing, only after minutes: no steps, a NaN."""
+    """Refuse numbers that would fail, or train nothing, only after minutes: no steps, a NaN.
+
+    A number has to be finite and at least 0, unless its comment ends in one of LIMITS. Where 0
+    switches something off, the comment says so.
+    """
+    comments = field_comments(type(cfg))
     for field in dataclasses.fields(cfg):
         name, value = field.name, getattr(cfg, field.name)
         if field.type not in (int, float):
             continue
-        expected = "above 0" if name in ABOVE_0 else "of any sign" if name in ANY_SIGN else "from 0"
-        expected += " up to 1" if name in UP_TO_1 else ""
-        too_small = name not in ANY_SIGN and (value <= 0 if name in ABOVE_0 else value < 0)
         if field.type is int and value >= 2**63:  # no tensor or generator takes it
             raise UserError(f"--{name}: expected a whole number below 2^63")
-        if too_small or not math.isfinite(value) or (name in UP_TO_1 and value > 1):
+        expected = LIMITS.get(comments.get(name, "").rpartition("; ")[2], "from 0")
+        too_small = value <= 0 if "above" in expected else value < 0 and "sign" not in expected
+        too_large = "up to 1" in expected and value > 1
+        if too_small or too_large or not math.isfinite(value):
             raise UserError(f"--{name} {value}: expected a number {expected}")
 
 

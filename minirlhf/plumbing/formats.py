@@ -18,13 +18,11 @@ a word, and a row that is skipped in silence makes a count that nobody can expla
 A conversation is a list of {"role", "content"}: an optional system message first, then user and
 assistant in turn, starting with the user.
 """
-import gzip
 import json
-import os
 import re
-import zlib
 
-from minirlhf.config import UserError, no_such_file
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import read_lines
 
 PROMPT_KEYS = ("prompt", "messages", "query", "instruction")  # where a preference keeps its prompt
 GRADES = ("negligible", "slightly", "better", "significantly")  # Llama 2's four; index = grade
@@ -271,28 +269,6 @@ def parse_samples(row):
 
 # ---------------------------------------------------------------- files
 
-def read_lines(path):
-    """Yield (line number from 1, text without its line end) of a plain or gzip UTF-8 file."""
-    number = 0
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8").rstrip("\r\n")
-    except FileNotFoundError:
-        raise no_such_file(path) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, line {number}: expected UTF-8 text, found other bytes; "
-                        "save the file as UTF-8 (a compressed file has to end in .gz)") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}, after line {number}: expected a whole gzip file, found one "
-                        f"that breaks off or isn't gzip ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable file, found an error "
-                        f"({error.strerror}); check the path") from None
-    if number == 0:
-        raise UserError(f"{path}: expected text, found an empty file; write it again")
-
-
 def read_rows(path):
     """Yield (line number, object) of a JSONL file; blank lines are passed over."""
     if not str(path).endswith((".jsonl", ".jsonl.gz")):
@@ -378,38 +354,6 @@ def checked_file_text(text, path):
     if not text.strip():
         raise UserError(f"{path}: expected text, found white space only; write it again")
     return text + "\n"
-
-
-def write_lines(path, lines):
-    """Write strings, one a line (gzip where `path` ends in .gz); returns how many.
-
-    All or nothing: the text goes to a temporary file beside `path`, which then takes its place, so
-    a stage never reads half of what an interrupted one wrote.
-    """
-    path = str(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary, number = path + ".tmp", 0
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(temporary, "wt", encoding="utf-8",
-                                                           newline="\n") as file:
-            for number, line in enumerate(lines, start=1):
-                file.write(line + "\n")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return number
-
-
-def write_jsonl(path, rows):
-    """Write dicts as JSON, one a line, all or nothing; returns how many."""
-    return write_lines(path, map(json_line, rows))
-
-
-def json_line(row):
-    """A dict as one line of JSON, in plain UTF-8 but where text holds half a character."""
-    line = json.dumps(row, ensure_ascii=False)
-    return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
 
 
 def spread_meta(row):

@@ -8,20 +8,16 @@ config and tokenizer.
 import dataclasses
 import importlib.util
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError
 from minirlhf.model import GPT, ModelConfig, ScalarModel
 from minirlhf.tokenizer import Tokenizer
-
-MAKES = {  # which command makes which stage's checkpoint
-    "pretrain": "python train_pretrain.py", "sft": "python train_sft.py",
-    "rm": "python train_rm.py", "ppo": "python train_ppo.py", "dpo": "python train_dpo.py",
-}
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import (how_to_make, read_file, write_atomically, write_jsonl,
+                                     write_text)
 
 CKPT_KEYS = {"kind", "model", "model_config", "tokenizer"}  # what a next stage needs at least
 
@@ -53,16 +49,16 @@ def pick_dtype(name, device):
     return names[name]
 
 
-def load_checkpoint(folder, makes=None, kind=None):
-    """Read folder/ckpt.pt (or a path to a .pt file) as a dict; `makes` names the command for it.
+def load_checkpoint(folder, stage=None, kind=None):
+    """Read folder/ckpt.pt (or a path to a .pt file) as a dict.
 
-    Without `makes`, the folder's name tells the command, if it is a stage's own name such as sft.
+    stage: the one that makes it, such as "sft", for the message where it is missing; without it the
+    folder's name tells the stage, if it is one.
     kind: "gpt" or "scalar", what the caller needs. `weights_only=True`: a checkpoint from a
     stranger can hold tensors and plain values, but no code to run.
     """
     path = Path(folder) if str(folder).endswith(".pt") else Path(folder) / "ckpt.pt"
-    makes = makes or MAKES.get(path.parent.name)
-    how = f"; make it with: {makes}" if makes else "; check the path"
+    how = how_to_make(stage or path.parent.name)
     if not path.exists():
         raise UserError(f"{path} does not exist{how}")
     try:
@@ -112,11 +108,20 @@ def frozen(model):
     return model.eval().requires_grad_(False)
 
 
-def write_atomically(path, write):
-    """Call write(temporary path), then rename: readers see the old file or the new, never half."""
-    part = Path(f"{path}.part")
-    write(part)
-    os.replace(part, path)
+def autocast(device, dtype):
+    """The context in which models run forward: matrix products in `dtype`, sums in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def due(step, every, num_steps):
+    """Whether something that happens every so many steps, and after the last, happens now."""
+    return step % every == 0 or step == num_steps
+
+
+def read_metrics(folder):
+    """A run's logged rows, {"step", ...} each; a last line that was cut short is left out."""
+    lines = read_file(Path(folder) / "metrics.jsonl").split("\n")
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class Run:
@@ -149,7 +154,7 @@ class Run:
         return build_model(self.needed[name]).to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.device, self.dtype)
 
     def preflight(self, train_step, options):
         """Run the largest batch's forward and backward once, so that a lack of memory shows now.
@@ -180,7 +185,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
-        (self.folder / "config.json").write_text(settings)
+        write_text(self.folder / "config.json", settings)
         if not self.cfg.resume:
             for name in ("ckpt.pt", "metrics.jsonl", "samples.txt", "curves.png",
                          "microscope.html"):  # no more than a run's own files
@@ -199,11 +204,8 @@ class Run:
         self.generator.set_state(ckpt["generator"])
         torch.set_rng_state(ckpt["rng"])
         # Rows logged after the checkpoint belong to steps that will be done again.
-        lines = (self.folder / "metrics.jsonl").read_text().split("\n")
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
-        self.history = [row for row in rows if row["step"] <= ckpt["step"]]
-        write_atomically(self.folder / "metrics.jsonl", lambda part: part.write_text(
-            "".join(json.dumps(row) + "\n" for row in self.history)))
+        self.history = [row for row in read_metrics(self.folder) if row["step"] <= ckpt["step"]]
+        write_jsonl(self.folder / "metrics.jsonl", self.history)
         return ckpt["step"]
 
     def save(self, step, model, **parts):
@@ -230,13 +232,6 @@ class Run:
         self.history.append(row)
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-
-    def draw(self):
-        """Save the curves of the whole run as curves.png; two points or fewer are no curve."""
-        if len(self.history) > 2:
-            from minirlhf.plot import draw_runs  # matplotlib takes a second to load
-
-            draw_runs([self.folder], self.folder / "curves.png")
 
     def show(self, step, text):
         """Print a sample and append it to samples.txt."""
@@ -271,7 +266,7 @@ def start_run(cfg, needs):
     needed = {}
     for name, stage in needs.items():
         kind = "scalar" if stage == "rm" else "gpt"
-        needed[name] = load_checkpoint(getattr(cfg, name), MAKES[stage], kind)
+        needed[name] = load_checkpoint(getattr(cfg, name), stage, kind)
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)
     settings = dataclasses.asdict(cfg)

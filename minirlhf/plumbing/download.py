@@ -8,7 +8,7 @@ import urllib.request
 
 from tqdm import tqdm
 
-from minirlhf.config import UserError
+from minirlhf.plumbing.errors import UserError
 
 TIMEOUT = 30  # seconds without a byte until the connection counts as broken
 

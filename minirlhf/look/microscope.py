@@ -1,6 +1,6 @@
 """The microscope: a run's ledger as one page of HTML, to look at each token of each recorded step.
 
-    python -m minirlhf.ledger out/ppo --html          (writes out/ppo/microscope.html)
+    python -m minirlhf.look.microscope out/ppo          (writes out/ppo/microscope.html)
 
 The page needs no server and no network: it is microscope.html, which lies beside this file, with
 the run's numbers put in as JSON. What a model wrote is text from a stranger. Three locks keep it
@@ -8,16 +8,19 @@ from becoming markup: the JSON holds no `<`, `>` or `&`; the script inserts text
 and the page's content security policy runs no other script than the one whose hash it names.
 """
 
+import argparse
 import base64
 import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
-from minirlhf.config import UserError
-from minirlhf.ledger import load, recorded_steps
-from minirlhf.runs import write_atomically
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_text
+from minirlhf.plumbing.runs import read_metrics
+from minirlhf.look.ledger import load, recorded_steps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_STEPS, MOST_ROWS, MOST_BYTES = 60, 400, 1_300_000  # of steps, of metrics, of the JSON
@@ -77,8 +80,7 @@ def run_data(folder):
     folder = Path(folder)
     steps = recorded_steps(folder)
     config = json.loads((folder / "config.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().split("\n")
-    metrics = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
+    metrics = read_metrics(folder)
     stage = next((STAGES[name] for name in load(folder, steps[0])["rows"] if name in STAGES), None)
     if stage is None:
         raise UserError(f"{folder}/ledger holds none of {', '.join(STAGES)}: the microscope knows "
@@ -121,5 +123,21 @@ def write_page(folder):
     """Write folder/microscope.html, and return its path."""
     path = Path(folder) / "microscope.html"
     text = page(run_data(folder))
-    write_atomically(path, lambda part: part.write_bytes(text.encode()))
+    write_text(path, text)
     return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.microscope",
+                                     description="Write a run's ledger as one page.")
+    parser.add_argument("run", help="a run's folder; the page is RUN/microscope.html")
+    args = parser.parse_args(argv)
+    try:
+        print(f"written: {write_page(args.run)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """The ledger: every tensor of a few sequences, kept while a run goes on, to be read token by token.
 
-    python -m minirlhf.ledger out/ppo                      (the last recorded step, its first row)
-    python -m minirlhf.ledger out/ppo --step 40 --row 2
-    python -m minirlhf.ledger out/ppo --html               (writes out/ppo/microscope.html)
+    python -m minirlhf.look.ledger out/ppo                 (the last recorded step, its first row)
+    python -m minirlhf.look.ledger out/ppo --step 40 --row 2
+    python -m minirlhf.look.microscope out/ppo             (the same as a page to click through)
 
 `ledger.record(step, ...)` in a script writes two small files into the run's folder `ledger/`:
 
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf.config import UserError
 from minirlhf.masked import masked_sum
-from minirlhf.runs import write_atomically
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_atomically, write_text
 
 # What the terminal prints of each token: (heading, tensor). A run has some of these.
 COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("reward", "rewards"),
@@ -72,7 +72,6 @@ class Ledger:
         if self.parts:  # prompts are numbered on through the micro-batches
             part["example"] = part["example"] + self.parts[-1]["example"].max() + 1
         self.parts.append(part)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._write(self.folder / f"step_{step:06d}")
 
     def _write(self, path):
@@ -108,7 +107,7 @@ class Ledger:
                 np.savez_compressed(f, **arrays)
 
         write_atomically(with_suffix(".npz"), save)
-        write_atomically(with_suffix(".json"), lambda part: part.write_text(json.dumps(meta)))
+        write_text(with_suffix(".json"), json.dumps(meta))
 
 
 # ---------------------------------------------------------------- reading
@@ -280,21 +279,15 @@ def side_by_side(record, better, worse, colour=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.ledger", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.ledger", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
     parser.add_argument("--row", type=int, default=0, help="which of the kept sequences")
-    parser.add_argument("--html", action="store_true", help="write RUN/microscope.html")
     args = parser.parse_args(argv)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     try:
-        if args.html:
-            from minirlhf.microscope import write_page  # a page's worth of code of its own
-
-            print(f"written: {write_page(args.run)}")
-        else:
-            print(show(args.run, args.step, args.row, colour), flush=True)
+        print(show(args.run, args.step, args.row, colour), flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:

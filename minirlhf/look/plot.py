@@ -1,20 +1,19 @@
 """Pictures of runs, drawn from their metrics.jsonl and their ledgers.
 
-    python -m minirlhf.plot out/ppo out/dpo --save out/both.png
-    python -m minirlhf.plot out/ppo --step 40 --row 2        (a heat map of one sequence's tensors)
+    python -m minirlhf.look.plot out/ppo out/dpo --save out/both.png
+    python -m minirlhf.look.plot out/ppo --step 40 --row 2        (a heat map of one sequence's tensors)
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot: files need no display, and notebooks keep theirs
 
-from minirlhf.config import UserError
-from minirlhf.ledger import COLUMNS, find_row, load, recorded_steps, visible
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.runs import read_metrics
+from minirlhf.look.ledger import COLUMNS, find_row, load, recorded_steps, visible
 
 # What is worth drawing, with its unit and what to look for; a run has some of these.
 PANELS = {
@@ -38,12 +37,13 @@ BASELINES = {"accuracy": (0.5, "guessing"), "explained_variance": (0.0, "the mea
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # colour-blind safe
 
 
-def read_metrics(folder):
-    """A run's logged rows; UserError where the folder holds none."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists() or not path.read_text().strip():
-        raise UserError(f"{path} holds no metrics; give the folder of a run that has logged a step")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def metrics_of(folder):
+    """A run's logged rows; UserError where it has logged none yet."""
+    rows = read_metrics(folder)
+    if not rows:
+        raise UserError(f"{folder} holds no metrics; give the folder of a run that has logged a "
+                        "step")
+    return rows
 
 
 def smooth(values, window=9):
@@ -65,6 +65,17 @@ def draw(ax, rows, key, label, colour, x="step"):
     ax.plot(xs, ys, color=colour, linewidth=2, label=label, marker="o" if len(ys) < 4 else None)
 
 
+def new_figure(width, height):
+    """An empty figure, in inches.
+
+    Not by pyplot: files need no display, and notebooks keep theirs. Imported late: matplotlib takes
+    a second to load, which a script that only may draw at its end should not wait for.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
 def save(fig, path):
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -73,13 +84,13 @@ def save(fig, path):
 
 def draw_runs(folders, path):
     """Every known metric that any of the runs has, one panel each, all runs together."""
-    runs = {str(folder): read_metrics(folder) for folder in folders}
+    runs = {str(folder): metrics_of(folder) for folder in folders}
     keys = [key for key in PANELS if any(key in rows[-1] for rows in runs.values())]
     if not keys:
         raise UserError(f"{', '.join(runs)}: none of {', '.join(PANELS)} was logged")
     columns = min(3, len(keys))
     lines = -(-len(keys) // columns)
-    fig = Figure(figsize=(4.2 * columns, 3 * lines))
+    fig = new_figure(4.2 * columns, 3 * lines)
     axes = fig.subplots(lines, columns, squeeze=False)
     for ax, key in zip(axes.flat, keys):
         for i, (name, rows) in enumerate(runs.items()):
@@ -97,6 +108,12 @@ def draw_runs(folders, path):
     for ax in axes.flat[len(keys) :]:
         ax.axis("off")
     save(fig, path)
+
+
+def draw_curves(folder):
+    """Save the curves of one whole run as its curves.png; two points or fewer are no curve."""
+    if len(read_metrics(folder)) > 2:
+        draw_runs([folder], Path(folder) / "curves.png")
 
 
 def label(folder, folders):
@@ -120,7 +137,7 @@ def draw_sequence(folder, path, step=None, row=0):
     shift = np.array([[1.0 if name == "ratio" else 0.0] for name in names])
     scale = np.abs(values - shift).max(axis=1, keepdims=True).clip(min=1e-9)  # of each tensor
     shade = (values - shift) / scale
-    fig = Figure(figsize=(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names)))
+    fig = new_figure(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names))
     ax = fig.subplots()
     ax.imshow(shade, cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
     for y, x in np.ndindex(values.shape):
@@ -136,7 +153,7 @@ def draw_sequence(folder, path, step=None, row=0):
 
 def draw_road(out, path, ceiling=None):
     """The learning curves of all five stages of one road, each with what it should reach."""
-    fig = Figure(figsize=(13, 7))
+    fig = new_figure(13, 7)
     axes = fig.subplots(2, 3)
     panels = [
         (axes[0, 0], "pretrain", "val_loss", "Pretraining: the text becomes predictable",
@@ -152,7 +169,7 @@ def draw_road(out, path, ceiling=None):
          "held-out pairs right"),
     ]
     for ax, stage, key, title, unit in panels:
-        rows = read_metrics(Path(out) / stage)
+        rows = metrics_of(Path(out) / stage)
         draw(ax, rows, key, {"gold": "gold score (never trained on)"}.get(key), COLOURS[0])
         if key == "gold":
             draw(ax, rows, "score", "reward model's score (normalised)", COLOURS[1])
@@ -169,7 +186,7 @@ def draw_road(out, path, ceiling=None):
 def draw_gold_by_stage(players, path, best=1.5):
     """Bars: the mean gold score of every player. players: {name: one value per seed}."""
     names = list(players)
-    fig = Figure(figsize=(9, 4.2))
+    fig = new_figure(9, 4.2)
     ax = fig.subplots()
     means = [sum(players[name]) / len(players[name]) for name in names]
     ax.bar(names, means, color=COLOURS[0], width=0.6)
@@ -187,10 +204,10 @@ def draw_gold_by_stage(players, path, best=1.5):
 
 def draw_reward_against_kl(runs, path):
     """Reward and gold along each PPO run against the square root of its KL (arXiv 2210.10760)."""
-    fig = Figure(figsize=(6 * len(runs), 4.2))
+    fig = new_figure(6 * len(runs), 4.2)
     axes = fig.subplots(1, len(runs), squeeze=False)
     for ax, (name, folder) in zip(axes.flat, runs.items()):
-        rows = [{**row, "distance": max(row["kl"], 0) ** 0.5} for row in read_metrics(folder)]
+        rows = [{**row, "distance": max(row["kl"], 0) ** 0.5} for row in metrics_of(folder)]
         for key, label, colour in (("score", "reward model's score (normalised)", COLOURS[1]),
                                    ("gold", "gold score", COLOURS[0])):
             xs = smooth([row["distance"] for row in rows])
@@ -204,7 +221,7 @@ def draw_reward_against_kl(runs, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.plot", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--save", help="the picture to write (default: runs.png or sequence.png)")

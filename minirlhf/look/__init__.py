@@ -1,0 +1,1 @@
+"""What one looks with: the ledger of every tensor, the microscope's page, pictures of runs."""

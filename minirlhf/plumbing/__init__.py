@@ -1,0 +1,1 @@
+"""What serves: the command line, files and their formats, run folders, optimizer, statistics."""
