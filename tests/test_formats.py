@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minirlhf.plumbing import formats
 from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import write_jsonl
 
 USER = {"role": "user", "content": "Name a colour."}
 ASSISTANT = {"role": "assistant", "content": "Green."}
@@ -104,7 +105,7 @@ def test_samples_survive_writing_and_reading(tmp_path):
     samples = [{"text": "Blue", "ended": True, "num_tokens": 2}, {"text": "", "ended": True}]
     row = {"messages": [USER], "answer": None, "samples": samples, "meta": {"task": {"skill": "x"}}}
     path = tmp_path / "new" / "samples.jsonl.gz"
-    assert formats.write_jsonl(path, [row]) == 1
+    assert write_jsonl(path, [row]) == 1
     assert formats.read_samples(path) == [row]
 
 
@@ -112,7 +113,7 @@ def test_canonical_prompts_and_demonstrations_read_back_as_they_are(tmp_path):
     for read, row in [(formats.read_prompts, {"prompt": "Hi", "tag": 1}),
                       (formats.read_demonstrations, {"messages": [USER, ASSISTANT], "tag": 1})]:
         once = read(write(tmp_path, row))
-        formats.write_jsonl(tmp_path / "again.jsonl", once)
+        write_jsonl(tmp_path / "again.jsonl", once)
         assert read(tmp_path / "again.jsonl") == once
 
 
@@ -121,7 +122,7 @@ def test_canonical_prompts_and_demonstrations_read_back_as_they_are(tmp_path):
 def test_any_text_round_trips_unchanged(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
     message = {"role": "user", "content": text}
-    formats.write_jsonl(path, [{"messages": [message]}])
+    write_jsonl(path, [{"messages": [message]}])
     assert formats.read_prompts(path)[0]["messages"] == [message]
 
 
@@ -286,14 +287,14 @@ def test_blank_lines_are_passed_over_but_counted_in_line_numbers(tmp_path):
 def test_writing_is_all_or_nothing(tmp_path):
     """An interrupted stage must not leave half a file that the next one takes for the whole."""
     path = tmp_path / "rows.jsonl"
-    formats.write_jsonl(path, [{"a": 1}])
+    write_jsonl(path, [{"a": 1}])
 
     def rows():
         yield {"a": 2}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        formats.write_jsonl(path, rows())
+        write_jsonl(path, rows())
     assert path.read_text() == '{"a": 1}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -305,8 +306,8 @@ def test_written_samples_are_read_again_whatever_the_rows_meta_holds(tmp_path):
                                 "meta": {"prompt": "x", "note": "\ud83d"}}) + "\n")
     (row,) = formats.read_prompts(path)
     samples = [{"text": "moo", "ended": True}]
-    formats.write_jsonl(tmp_path / "samples.jsonl",
-                        [formats.spread_meta({**row, "samples": samples})])
+    write_jsonl(tmp_path / "samples.jsonl",
+                [formats.spread_meta({**row, "samples": samples})])
     (again,) = formats.read_samples(tmp_path / "samples.jsonl")
     assert again["samples"] == samples and again["messages"] == row["messages"]
     assert again["meta"] == {"prompt": "x", "note": "\ud83d", "kind": "farm"}
