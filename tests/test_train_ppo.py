@@ -1,7 +1,8 @@
 """PPO: the rollout and its masks, advantages and KL, the update, what is logged, what is learnt.
 
-The first test of each check tells its bug, how it shows in a training curve, and where it was seen.
-Oracles are loops over bare rows without filler.
+One test of each check tells its bug, how it shows in a training curve, and where it was seen; of a
+check that concerns several stages, it stands in test_scripts.py. Oracles are loops over bare rows
+without filler.
 """
 
 import contextlib
