@@ -1,11 +1,13 @@
-"""What all tests share: one thread, a comparison without hidden tolerances, a tiny awake model."""
+"""What all tests share: one thread, a comparison without hidden tolerances, tiny awake models."""
 
+import math
 import os
 
 import pytest
 import torch
 
 from minirlhf.model import GPT, ModelConfig
+from minirlhf.plumbing.runs import frozen
 
 # Two threads that wait for each other on a shared machine were measured 19 times slower than one.
 torch.set_num_threads(1)
@@ -43,6 +45,46 @@ def awake_gpt(**options):
     return wake(GPT(tiny_config(**options)).double()).eval()
 
 
+def softplus(x):
+    """log(1 + e^x), by Python: -log sigmoid(d) is softplus(-d)."""
+    return math.log1p(math.exp(x))
+
+
+# A policy over so few responses that every expectation is a sum.
+END, PROMPT, TEMPERATURE = 0, [3, 1], 0.7
+RESPONSES = [[END], *([i, j] for i in range(1, 5) for j in range(5))]  # all of up to two tokens
+
+
+def next_logprobs(model, prefix):
+    """(5,) nats, of the token after the prompt and this beginning of a response."""
+    return (model(torch.tensor([PROMPT + prefix]))[0, -1] / TEMPERATURE).log_softmax(-1)
+
+
+def response_logprobs(model):
+    """(21, 2) nats, token by token from the prefixes alone; 0 where there is no second token."""
+    return torch.stack([
+        torch.stack([next_logprobs(model, response[:i])[response[i]] if i < len(response)
+                     else torch.zeros(()).double() for i in range(2)]) for response in RESPONSES])
+
+
+def policy_and_reference():
+    policy, reference = awake_gpt(vocab_size=5), GPT(tiny_config(vocab_size=5)).double()
+    return policy, frozen(wake(reference, seed=2))
+
+
+def gradients(loss, module):
+    """d loss / d parameter, for each parameter of the module; zeros where there is no path."""
+    params = list(module.parameters())
+    assert loss.requires_grad
+    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)]
+
+
+def same_gradients(mine, exact, rtol=1e-9):
+    """Whether each parameter's gradient agrees, up to rounding of its own size."""
+    return all((a - b).norm() <= rtol * b.norm() for a, b in zip(mine, exact, strict=True))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """No test depends on which tests ran before it."""
@@ -70,3 +112,20 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64(double, monkeypatch):
+    """float64 all the way: the scripts' `.float()` is there to widen bf16, not to narrow this."""
+    narrow = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float",
+                        lambda x: x if x.dtype == torch.float64 else narrow(x))
+
+
+@pytest.fixture
+def dropouts(road, tmp_path):
+    """PPO's options for an SFT and a reward model that have dropout."""
+    from tiny_road import with_dropout
+
+    return {"init": with_dropout(road.folder / "sft", tmp_path / "dropout_sft"),
+            "reward_model": with_dropout(road.folder / "rm", tmp_path / "dropout_rm")}

@@ -4,11 +4,11 @@
     python tests/mutants.py --quick         (twenty of them, from all over the list, as CI does)
     python tests/mutants.py --only 15       (those of check 15, or whose story has the word)
 
-A test that passes says little until it has been seen to fail. `planted_bugs.py` lists the bugs: a
-file, the exact text to replace, the wrong text, the test that must catch it, a line of story. Here
-the tests first run on a scratch copy without any bug; then each bug is planted into the copy, its
-test runs in a fork of this process (which has torch loaded already, but no file of this project),
-and the copy is put right again.
+A test that passes says little until it has been seen to fail. The folder `bugs` lists the bugs of
+each module: a function, a text that occurs once in it, the wrong text, the test that must catch it,
+a line of story. Here the tests first run on a scratch copy without any bug; then each bug is planted
+into the copy, its test runs in a fork of this process (which has torch loaded already, but no file
+of this project), and the copy is put right again.
 
 A bug is killed by an assertion that a test makes about behaviour, be it `assert`, `assert_close` or
 an exception that was expected and did not come. A test that stops with any other error says only
@@ -16,6 +16,8 @@ that the bug does not run, and counts as a survivor; so does a bug that only ano
 """
 
 import argparse
+import ast
+import functools
 import os
 import pickle
 import re
@@ -109,11 +111,44 @@ def run_tests(tree, *names, seconds=()):
     return pickle.loads(answer) if answer else ([("?", "the process died", False)], 0, {})
 
 
+def read_bugs(path):
+    """All bugs of a folder of lists, or of one list, each with its file's name."""
+    path, bugs = Path(path), []
+    for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        if file.name != "__init__.py":
+            names = {}
+            exec(file.read_text(), names)
+            bugs += [bug._replace(file=names["FILE"]) for bug in names["BUGS"]]
+    return bugs
+
+
+@functools.lru_cache(maxsize=None)
+def spans(source):
+    """{qualified name: [(start, end), ...]}, where the source of each function or class stands."""
+    starts, found = [0], {"": [(0, len(source))]}
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = f"{prefix}.{child.name}".lstrip(".")
+                first = min(part.lineno for part in (child, *child.decorator_list))
+                found.setdefault(name, []).append((starts[first - 1], starts[child.end_lineno]))
+            visit(child, name)
+
+    visit(ast.parse(source), "")
+    return found
+
+
 def plant(bug, tree):
-    """Replace the bug's text in the tree; returns the file's right text."""
+    """Replace the bug's text in its function in the tree; returns the file's right text."""
     path = tree / bug.file
     right = path.read_text()
-    path.write_text(right.replace(bug.text, bug.wrong))
+    [(start, end)] = spans(right)[bug.function]
+    wrong = right[start:end].replace(bug.text, bug.wrong)
+    path.write_text(right[:start] + wrong + right[end:])
     return right
 
 
@@ -122,9 +157,14 @@ def stale(bug):
     path = ROOT / bug.file
     if not path.exists():
         return "no such file"
-    count = path.read_text().count(bug.text)
+    source = path.read_text()
+    places = spans(source).get(bug.function, [])
+    if len(places) != 1:
+        return (f"{bug.function} is defined {len(places)} times in {bug.file}" if places else
+                f"no such function in {bug.file}: {bug.function}")
+    count = source[slice(*places[0])].count(bug.text)
     if count != 1:
-        return f"its text occurs {count} times in {bug.file}, not once"
+        return f"its text occurs {count} times in {bug.function or bug.file}, not once"
     if not tests_of(bug.test, ROOT):
         return f"no test begins with {bug.test}"
     return ""
@@ -151,7 +191,7 @@ def select(bugs, quick, only):
         return [bug for bug in bugs if bug.test.startswith(f"test_check_{only}_") or
                 bug.test == f"test_check_{only}" or only in bug.story]
     if quick:
-        return bugs[:: max(1, len(bugs) // 20)]
+        return bugs[:: -(-len(bugs) // 20)]
     return bugs
 
 
@@ -159,12 +199,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="twenty bugs from all over the list")
     parser.add_argument("--only", default="", help="a check's number, or a word of the story")
-    parser.add_argument("--bugs", default="", help="another list of bugs (a Python file)")
+    parser.add_argument("--bugs", default=ROOT / "tests/bugs",
+                        help="other bugs (a folder of lists, or one list)")
     args = parser.parse_args(argv)
-    names = {}
-    exec(Path(args.bugs or ROOT / "tests/planted_bugs.py").read_text(), names)
-    bugs = select(names["BUGS"], args.quick, args.only)
-    gone = [(bug, stale(bug)) for bug in names["BUGS"] if stale(bug)]
+    listed = read_bugs(args.bugs)
+    bugs = select(listed, args.quick, args.only)
+    gone = [(bug, stale(bug)) for bug in listed if stale(bug)]
     for bug, why in gone:
         print(f"STALE  {bug.story}\n       {why}:\n       {bug.text!r}")
     if gone:
@@ -191,7 +231,7 @@ def main(argv=None):
             why = try_bug(bug, tree, seconds)
             survivors += bool(why)
             print(f"{'SURVIVES' if why else 'killed  '}  {bug.test.removeprefix('test_'):10} "
-                  f"{bug.file}: {bug.story}" + (f"\n          {why}" if why else ""), flush=True)
+                  f"{bug.file} {bug.function}: {bug.story}" + (f"\n          {why}" if why else ""), flush=True)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     minutes = sum(u.ru_utime + u.ru_stime for u in used) / 60
     print(f"killed {len(bugs) - survivors}/{len(bugs)}   ({minutes:.1f} CPU-minutes)")

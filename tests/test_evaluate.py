@@ -1,11 +1,12 @@
 """evaluate.py: every number of its tables, worked out by hand or by a second, slower way."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-from tiny_road import PROMPTS
+from tiny_road import PROMPTS, apart, logprobs_of, nudge, scored, watch
 
 import evaluate
 from conftest import close
@@ -228,3 +229,56 @@ def test_the_seed_decides_what_is_sampled(road, tmp_path):
         players, _ = evaluate.collect_players(ev.cfg, ev)
         texts.append([s["text"] for [s] in players["sft"]["answers"]])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_check_35_an_evaluations_kl_is_of_answers_sampled_and_scored_at_temperature_1(
+        road, tmp_path, monkeypatch, double):
+    ev = evaluator(road, tmp_path, limit=5)
+    reference, tokenizer = load_model(road.folder / "sft")
+    model = nudge(copy.deepcopy(reference))
+    prompts = [tokenizer.encode_prompt(row["messages"]) for row in ev.rows]
+    answers = ev.answer(model, tokenizer, prompts, [tokenizer.end_id], 1.0, num_samples=2)
+    sums = [(logprobs_of(model, prompt + s["ids"], len(prompt))
+             - logprobs_of(reference, prompt + s["ids"], len(prompt))).sum().item()
+            for prompt, samples in zip(prompts, answers) for s in samples]
+    assert ev.kl(model, reference, prompts, answers) == pytest.approx(sum(sums) / 10, rel=1e-9)
+    temperatures = watch(monkeypatch, evaluate.Evaluator, "answer")
+    measured = watch(monkeypatch, evaluate.Evaluator, "kl")
+    players, _ = evaluate.collect_players(evaluate.Config(
+        models="", against=str(road.folder / "sft"), max_new_tokens=8), ev)
+    sampled = [result for arguments, result in temperatures if arguments[5] == 1.0]
+    assert any(arguments[4] is result for arguments, _ in measured for result in sampled)
+    assert players["sft"]["kl"] == 0
+
+
+def test_check_36_an_evaluation_scores_the_sampled_ids(road, tmp_path):
+    ev = evaluator(road, tmp_path, limit=5)
+    prompts = [road.tokenizer.encode_prompt(row["messages"]) for row in ev.rows]
+    _, rows = apart(prompts, road.tokenizer)
+    answers = [[{"ids": row[len(p) :], "text": "", "ended": True}] * 2
+               for p, row in zip(prompts, rows)]
+    rewards = ev.rewards(answers, road.tokenizer)
+    model, _ = scored(road.folder / "rm")
+    for row, both in zip(rows, rewards):
+        assert both == [pytest.approx(model(torch.tensor([row]))[0, -1].item(), rel=1e-5)] * 2
+
+
+def test_evaluate_compares_tiny_models(road, tmp_path, capsys):
+    road.run("dpo", tmp_path / "dpo", lr=1e-3, num_epochs=3)
+    results = evaluate.main(evaluate.Config(
+        models=str(tmp_path / "dpo"), against=str(road.folder / "sft"), max_new_tokens=12,
+        base=str(road.folder / "pretrain"), plain=f"{road.tools}:plain_prompt",
+        judge=f"{road.tools}:judge", reward_model=str(road.folder / "rm"), prompts=road.prompts,
+        preferences=road.preferences, out=str(tmp_path / "eval"), best_of=2))
+    players, compared = results["players"], results["comparisons"]
+    assert set(players) == {"sft", "sft greedy", "dpo", "dpo greedy", "wrapper", "refuse all",
+                            "best of 2", "base few-shot", "base zero-shot"}
+    assert players["sft"]["kl"] == pytest.approx(0, abs=1e-4) and players["dpo"]["kl"] > 0
+    assert players["best of 2"]["reward"] > players["sft"]["reward"]
+    assert results["reward_model"]["accuracy"] > 0.8
+    for c in compared.values():
+        assert c["wins"] + c["ties"] + c["losses"] == pytest.approx(1)
+        assert c["low"] <= c["rate"] <= c["high"]
+    assert "dpo over sft" in capsys.readouterr().out
+    rows = read_samples(tmp_path / "eval" / "dpo_greedy.jsonl")
+    assert len(rows) == 40 and (tmp_path / "eval" / "results.json").exists()

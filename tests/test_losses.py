@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
+from conftest import close, softplus
 
 from minirlhf.losses import dpo_loss, ppo_policy_loss, ppo_value_loss, reward_model_loss, sft_loss
 from minirlhf.masked import sequence_logprobs
@@ -20,11 +20,6 @@ def f64(values):
 def row_of(values):
     """A (1, n) float64 tensor that collects gradients."""
     return f64([values]).requires_grad_()
-
-
-def softplus(x):
-    """log(1 + e^x), by Python: -log sigmoid(d) is softplus(-d)."""
-    return math.log1p(math.exp(x))
 
 
 def ragged(generator, lengths=(3, 1, 5)):
@@ -351,3 +346,21 @@ def test_check_37_zero_negated_and_detached_losses_fail_the_exam(name):
     for change in (lambda loss: loss * 0, lambda loss: -loss, lambda loss: loss.detach()):
         with pytest.raises((AssertionError, RuntimeError)):
             exam(name, mutate(LOSSES[name], change))
+
+
+@pytest.mark.parametrize("loss", [
+    lambda x, y, z, mask: sft_loss(x, mask),
+    lambda x, y, z, mask: ppo_policy_loss(x, y, z, mask)[0],
+    lambda x, y, z, mask: ppo_value_loss(x, y, z, mask)[0],
+], ids=["sft", "policy", "value"])
+def test_check_11_nan_at_filler_comes_back_as_a_gradient_of_exactly_0(loss, generator):
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    three = [torch.randn(2, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    found = []
+    for filler in (0.0, NAN):
+        x, y, z = (torch.where(mask, one, filler) for one in three)
+        value = loss(x.requires_grad_(), y, z, mask)
+        value.backward()
+        found.append((value, x.grad))
+        assert (x.grad[~mask] == 0).all() and (x.grad != 0).any()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from conftest import tiny_config
+import torch
+from conftest import close, tiny_config
 
 from minirlhf.model import GPT, ScalarModel
 from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
@@ -50,3 +51,17 @@ def test_cosine_by_hand_and_constant():
     assert {lr_at(s, 100, 3.0, shape="constant") for s in range(100)} == {3.0}
     with pytest.raises(ValueError, match="'cosin'.*'cosine'"):
         lr_at(0, 100, 1.0, shape="cosin")
+
+
+def test_check_21_adamws_second_step_by_hand():
+    """Bug: the betas exchanged or equal, which the first step, sign(g), cannot show."""
+    layer = torch.nn.Linear(1, 1, bias=False).double()
+    weight = layer.weight.item()
+    optimizer = make_optimizer(layer, lr=0.1, eps=1e-3)
+    m = v = 0.0
+    for step, gradient in enumerate((2.0, -0.5), start=1):
+        layer.weight.grad = torch.tensor([[gradient]]).double()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        weight -= 0.1 * m / (1 - 0.9**step) / (math.sqrt(v / (1 - 0.95**step)) + 1e-3)
+        close(layer.weight, [[weight]])

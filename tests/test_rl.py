@@ -1,14 +1,17 @@
 """From scores to advantages, against O(T^2) loops and policies small enough to enumerate."""
 
 import math
+import statistics
 
 import pytest
 import torch
-from conftest import close
+from conftest import (close, gradients, next_logprobs, policy_and_reference, response_logprobs,
+                      same_gradients)
 
 from minirlhf.batches import response_mask
 from minirlhf.losses import ppo_value_loss
-from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
+from minirlhf.rl import (adapt_beta, gae, group_advantages, kl_estimate, normalize_scores,
+                         token_rewards)
 
 NAN = float("nan")
 
@@ -221,3 +224,111 @@ def test_check_20_the_critic_learns_the_returns(generator):
         optimizer.step()
     error = (critic - returns)[mask].var() / returns[mask].var()
     assert 1 - error > 0.99  # explained variance
+
+
+def test_check_15_gae_reads_no_filler_and_edits_no_argument():
+    """Bug: an in-place edit of values, which the value clip needs unchanged afterwards."""
+    rewards, values = torch.tensor([[8.0, 1.0, 2.0, 7.0]]), torch.tensor([[9.0, 3.0, 5.0, 6.0]])
+    arguments = rewards.clone(), values.clone(), torch.tensor([[False, True, True, False]])
+    advantages, returns = gae(*arguments, gamma=0.5, lam=0.5)
+    # deltas: 1 + 5 / 2 - 3 and 2 - 5; from the end -3 and 0.5 - 3 / 4.
+    assert advantages.tolist() == [[0.0, -0.25, -3.0, 0.0]]
+    assert returns.tolist() == [[0.0, 2.75, 2.0, 0.0]]
+    assert torch.equal(arguments[0], rewards) and torch.equal(arguments[1], values)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_check_18_gradients_of_kl_losses_over_sequences_against_enumeration(kind):
+    """Bug: k1 as a loss, whose gradient is only noise, or k3, which descends another KL: what
+    estimates the KL well does not for that reason have the KL's gradient.
+
+    Curve: with k1 the KL grows alike for every coefficient; with k3 its gradient has spikes.
+    Seen: huggingface/trl#2277, where Nash-MD differentiated the summed log-ratio, and
+    OpenRLHF#1309; arXiv 2506.09477 collects the pitfalls.
+    """
+    policy, reference = policy_and_reference()
+    logp, logq = response_logprobs(policy).sum(1), response_logprobs(reference).sum(1)  # (21,)
+    p = logp.exp().detach()  # samples are drawn, not differentiated
+    loss = (p * kl_estimate(logp[:, None], logq[:, None], kind).squeeze(1)).sum()
+    kl = (logp.exp() * (logp - logq)).sum()
+    reverse = (logq.exp() * (logq - logp)).sum()
+    mine, forward, backward = (gradients(x, policy) for x in (loss, kl, reverse))
+    assert not same_gradients(forward, backward, rtol=0.1)
+    if kind == "k1":  # zero, measured by the size that it should have had
+        assert all(g.norm() <= 1e-9 * size.norm() for g, size in zip(mine, forward))
+    else:
+        assert same_gradients(mine, forward if kind == "k2" else backward)
+
+
+def test_check_18_k2_per_token_is_exact_given_the_prefix_only():
+    """Bug: believing that it differentiates the KL of whole sequences too; it does not see that the
+    first token chooses which prefixes come."""
+    policy, reference = policy_and_reference()
+    logp, logq = response_logprobs(policy), response_logprobs(reference)  # (21, 2)
+    p = logp.sum(1).exp().detach()  # (21,)
+    mine = gradients((p * kl_estimate(logp, logq, "k2").sum(1)).sum(), policy)
+
+    def kl(prefix):
+        new, ref = next_logprobs(policy, prefix), next_logprobs(reference, prefix)  # (5,)
+        return (new.exp() * (new - ref)).sum()
+
+    first = next_logprobs(policy, []).exp().detach()  # (5,)
+    given_prefix = kl([]) + sum(first[i] * kl([i]) for i in range(1, 5))
+    whole = (logp.sum(1).exp() * (logp - logq).sum(1)).sum()
+    assert same_gradients(mine, gradients(given_prefix, policy))
+    assert not same_gradients(mine, gradients(whole, policy), rtol=0.01)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_check_22_equal_rewards_teach_nothing_though_their_mean_is_rounded(dtype, scale):
+    """Bug: equal rewards recognised by a small deviation, or by an epsilon added to it: a mean is
+    rounded, and the rounding error divided by a deviation of its own size is near 1.
+
+    Curve: rare isolated spikes of loss and gradient norm, from groups that should teach nothing.
+    Seen: verl#4598, where rewards that are all 0.2 teach something; NVIDIA-NeMo/RL#4161, where such
+    a residue gave a loss of -26 in one step.
+    """
+    rounding_errors = 0
+    # Seven times 0.1 first. PyTorch adds up one row in another order than several.
+    for value in (0.1, 0.2, 1 / 3, -3.0, 0.0, 1e6 + 0.1, 1e-30):
+        for K in (7, 2, 3, 5, 6, 10, 11):
+            for B in (1, 2):
+                scores = torch.full((B, K), value, dtype=dtype)
+                assert group_advantages(scores, scale).tolist() == [[0.0] * K] * B
+                rounding_errors += (scores.mean(1) != scores[:, 0]).any().item()
+    assert rounding_errors > 0  # else the test would show nothing
+
+
+def test_check_22_a_difference_is_a_difference_however_small():
+    """Bug: an epsilon that takes rewards which do differ for equal."""
+    scores = torch.tensor([[1e-9, 0.0], [5.0, 5.0 + 1e-9]], dtype=torch.float64)
+    root = 1 / math.sqrt(2)
+    close(group_advantages(scores), [[root, -root], [-root, root]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_check_22_a_group_of_one_gets_zero(scale):
+    """Bug: the unbiased deviation of one number, 0 / 0, or the raw score as its own advantage."""
+    assert group_advantages(torch.tensor([[3.0], [-7.0]]), scale).tolist() == [[0.0], [0.0]]
+
+
+def test_check_22_group_advantages_by_hand():
+    """Bug: the biased deviation, which gives two responses 1 and -1; a mean over all prompts."""
+    scores = torch.tensor([[3.0, 1.0], [-2.0, 5.0], [4.0, 4.0]], dtype=torch.float64)
+    before, root = scores.clone(), 1 / math.sqrt(2)
+    close(group_advantages(scores), [[root, -root], [-root, root], [0.0, 0.0]])
+    assert group_advantages(scores, scale=False).tolist() == [[1, -1], [-3.5, 3.5], [0, 0]]
+    assert torch.equal(scores, before)
+
+
+def test_check_22_group_advantages_equal_a_loop_over_prompts(generator):
+    """Bug: any slip; here beside the deviation of Python's own library."""
+    scores = 2 + 3 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    scores[2] = 0.1
+    for row, scaled, centred in zip(scores.tolist(), group_advantages(scores),
+                                    group_advantages(scores, scale=False)):
+        mean, deviation = statistics.fmean(row), statistics.stdev(row)
+        equal = len(set(row)) == 1
+        close(centred, [0.0 if equal else r - mean for r in row])
+        close(scaled, [0.0 if equal else (r - mean) / deviation for r in row])

@@ -1,12 +1,16 @@
-"""The scripts: a smoke test of each option, seeds, and what sample.py and evaluate.py promise."""
+"""All scripts alike: each of their options, seeds, and the checks of several stages at once."""
 
 import dataclasses
+import math
 import re
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_road import PROMPTS, SCRIPTS, chat, finite, without_clock, write_rows
+from tiny_road import (CHAT, LONG, PROMPTS, RANKED, SCRIPTS, TWINS, Scaler, answers_of, backward,
+                       begin, chat, collect, dpo_oracle, finite, head_of, logprobs_of, loss_of,
+                       poison, polite, ranked_loss, refill, results, rude, scored, sequences, start,
+                       template, watch, watched_steps, without_clock, write_rows)
 
 import evaluate
 import sample
@@ -15,10 +19,14 @@ import train_dpo
 import train_ppo
 import train_pretrain
 import train_rm
-from minirlhf.model import SIZES
+import train_sft
+from conftest import close
+from minirlhf.batches import pad_right
 from minirlhf.plumbing.config import field_comments, parse_config
-from minirlhf.plumbing.formats import read_rows, read_samples
-from minirlhf.plumbing.runs import load_checkpoint
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.formats import read_rows
+from minirlhf.plumbing.optim import make_optimizer
+from minirlhf.plumbing.runs import Run, build_model, frozen, load_checkpoint, start_run
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 
@@ -55,18 +63,20 @@ def smoke(road, script, out, **changes):
     return road.run(script, out / "run", **changes)
 
 
-# Boolean options that need a set-up of their own, and the test that gives it to them.
+# Boolean options that need a set-up of their own, and the tests that give it to them.
 OWN_TESTS = {
-    ("sample", "chat"): "test_chat_holds_a_conversation_of_several_turns",
-    ("sample", "plain"): "test_plain_goes_on_with_the_text",
-    ("speedrun", "quick"): "test_speedrun.py", ("speedrun", "overoptimize"): "test_speedrun.py",
+    ("sample", "chat"): "test_sample.py::test_chat_holds_a_conversation_of_several_turns",
+    ("sample", "plain"): "test_sample.py::test_plain_goes_on_with_the_text",
+    ("speedrun", "quick"): "test_speedrun.py::test_the_quick_road_ends_with_results",
+    ("speedrun", "overoptimize"): "test_speedrun.py::test_every_command_is_one_that_its_script",
 }
 
 
 @pytest.mark.parametrize("script, option", fields(bool))
 def test_two_steps_with_each_boolean_option_the_other_way(script, option, road, tmp_path):
     if (script, option) in OWN_TESTS:
-        assert OWN_TESTS[script, option] in {"test_speedrun.py", *globals()}
+        file, test = OWN_TESTS[script, option].split("::")
+        assert f"def {test}" in (Path(__file__).parent / file).read_text()
         return
     if option in ("resume", "overwrite"):  # both need a run to be there
         smoke(road, script, tmp_path)
@@ -124,35 +134,6 @@ def test_every_number_that_shapes_training_acts(stage, road, tmp_path):
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(same, other)), option
 
 
-def test_the_seed_chooses_the_text_of_pretraining(road, tmp_path, monkeypatch):
-    starts, blocks = [], train_pretrain.random_blocks
-    monkeypatch.setattr(train_pretrain, "random_blocks",
-                        lambda *args: starts.append(blocks(*args)) or starts[-1])
-    for seed in (0, 1):
-        road.run("pretrain", tmp_path / str(seed), seed=seed)
-    assert not torch.equal(*starts)
-
-
-def test_several_texts_are_read_one_after_the_other(road, tmp_path, capsys):
-    other = tmp_path / "other.txt"
-    other.write_text("The owl is on the wall.\n" * 300)
-    for text in (f"{road.text}", f"{other}", f"{road.text},{other}"):
-        road.run("pretrain", tmp_path / f"run_{len(text)}", text=text)
-    tokens = [int(line.split()[2].replace(",", "")) for line in capsys.readouterr().out.splitlines()
-              if line.startswith("data")]
-    assert tokens[2] == pytest.approx(tokens[0] + tokens[1], abs=3)  # and the blank line between
-
-
-def test_a_published_size_keeps_context_dropout_and_attention_of_the_options(road, tmp_path,
-                                                                               monkeypatch):
-    monkeypatch.setitem(SIZES, "gpt2", dict(n_layer=1, n_head=4, n_embd=16, block_size=128))
-    road.run("pretrain", tmp_path, size="gpt2", block_size=32, dropout=0.1, attention="manual")
-    config = load_checkpoint(tmp_path)["model_config"]
-    expected = dict(n_layer=1, n_head=4, n_embd=16, block_size=32, dropout=0.1, attention="manual",
-                    norm="layernorm", positions="learned", vocab_size=road.tokenizer.n_vocab)
-    assert {name: config[name] for name in expected} == expected
-
-
 @pytest.mark.parametrize("script, options", [
     ("sft", dict(micro_batch_size=3, num_samples=2)), ("dpo", dict(micro_batch_size=3)),
     ("ppo", dict(value_clip=0.0, score_clip=0.0, stop_kl=0.0)),
@@ -193,15 +174,6 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(stage, ro
 
 # ---------------------------------------------------------------- small promises of the loops
 
-def test_stop_kl_ends_an_iterations_epochs(road, tmp_path, monkeypatch):
-    calls, loss = [], train_ppo.minibatch_loss
-    monkeypatch.setattr(train_ppo, "minibatch_loss",
-                        lambda *a: calls.append(a) or loss(*a))
-    road.run("ppo", tmp_path / "a", num_steps=1, num_epochs=4, micro_batch_size=0, stop_kl=1e-9,
-             lr=1e-3, dtype="float32")
-    # One call is the preflight's. The first minibatch has ratio 1; the second one sees a KL.
-    assert len(calls) == 1 + 2
-
 
 def test_prompts_of_one_text_stay_on_one_side(road, tmp_path, monkeypatch):
     """Bug: pairs of a held-out prompt among the training pairs make the accuracy a memory test."""
@@ -224,103 +196,721 @@ def test_prompts_of_one_text_stay_on_one_side(road, tmp_path, monkeypatch):
         assert not kept & {e[key] % 40 if stage == "rm" else e[key] for e in trained}
 
 
-# ---------------------------------------------------------------- sample.py and evaluate.py
+# ---------------------------------------------------------------- checks of several stages
 
-def sampled(road, capsys, **options):
-    capsys.readouterr()
-    sample.main(sample.Config(model=str(road.folder / "sft"), max_new_tokens=12, **options))
-    return capsys.readouterr().out
+STAGES = ["sft", "rm", "dpo", "ppo"]
 
 
-def test_greedy_answers_are_the_same_on_every_run(road, capsys):
-    first = sampled(road, capsys, prompt="What does a cow say?", temperature=0.0)
-    assert first == sampled(road, capsys, prompt="What does a cow say?", temperature=0.0, seed=7)
-    assert first.strip()
+def refilled(stage, rows, monkeypatch, **how):
+    """Let the stage's batches have another filler; returns the rows to use from now on."""
+    if stage == "ppo":
+        return {**rows, "tokens": refill(rows["tokens"], rows["lengths"], **how)}
+
+    def pad(ids, device):
+        tokens, lengths = pad_right(ids, device)
+        return refill(tokens, lengths, **how), lengths
+
+    monkeypatch.setattr(SCRIPTS[stage], "pad_right", pad)
+    return rows
 
 
-def test_plain_goes_on_with_the_text(road, capsys):
-    out = sampled(road, capsys, prompt="Ann: cow?\nBen:", plain=True, num_samples=2)
-    assert out.count("Ann: cow?\nBen:") == 2
+@pytest.mark.parametrize("stage", STAGES)
+def test_check_01_the_fillers_content_changes_no_bit_of_a_loss_or_gradient(stage, road, tmp_path,
+                                                                         monkeypatch):
+    """Bug: real tokens attend to filler, or positions count it, so that a row's log-probs depend on
+    which other rows happen to share its batch.
+
+    Curve: KL and ratio are off from step 0; all curves move when only the batch size does.
+    Seen: trl#2708, GRPO's log-probs came from a forward pass without the attention mask that its
+    left padding needs; trlx#509, position ids did not know of the padding.
+    """
+    model, rows, run = start(stage, road, tmp_path)
+    plain = results(stage, model, rows, run)
+    for filler in (5, 340):
+        other = results(stage, model, refilled(stage, rows, monkeypatch, filler=filler), run)
+        assert all(torch.equal(a, b) for a, b in zip(other, plain))
 
 
-def test_samples_are_read_back_with_their_rows_keys(road, tmp_path, capsys):
-    prompts = write_rows(tmp_path / "prompts.jsonl", [
-        {"prompt": "cow?", "answer": "moo", "kind": "farm"}, {"prompt": "lion?", "kind": "wild"}])
-    path = tmp_path / "samples.jsonl"
-    sampled(road, capsys, prompts=prompts, save=str(path), num_samples=3)
-    rows = read_samples(path)
-    assert [len(row["samples"]) for row in rows] == [3, 3]
-    assert [row["meta"]["kind"] for row in rows] == ["farm", "wild"]
-    assert [row["answer"] for row in rows] == ["moo", None]
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_check_01_the_fillers_amount_changes_no_loss_or_gradient(stage, road, tmp_path, float64,
+                                                                 monkeypatch):
+    model, rows, run = start(stage, road, tmp_path)
+    plain = results(stage, model, rows, run)
+    wide = results(stage, model, refilled(stage, rows, monkeypatch, filler=7, more=9), run)
+    for a, b in zip(wide, plain):
+        close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_chat_holds_a_conversation_of_several_turns(road, capsys, monkeypatch):
-    """The second answer sees the first turn; the oldest turns leave when the context is full."""
-    prompts, respond = [], sample.respond
-    monkeypatch.setattr(sample, "respond", lambda model, ids, *a: prompts.extend(ids)
-                        or respond(model, ids, *a))
-    lines = iter(["cow?", "dog?", *["What does a pig say?"] * 6, ""])
-    monkeypatch.setattr("builtins.input", lambda shown: next(lines))
-    out = sampled(road, capsys, chat=True, temperature=0.0)
-    assert out.count("assistant: ") == 8 == len(prompts)
-    first, second, last = (road.tokenizer.decode(prompts[i]) for i in (0, 1, -1))
-    assert first.count("<|user|>") == 1 and second.count("<|user|>") == 2
-    assert "cow?" in second and "cow?" not in last and len(prompts[-1]) <= 64 - 12
-    assert last.startswith("<|begin|><|user|>")
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
+def test_check_03_an_evaluation_is_without_dropout_and_gives_the_mode_back(stage, road, tmp_path,
+                                                                          dropouts):
+    if stage == "pretrain":
+        run = start_run(road.config(stage, tmp_path / stage), {})
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text()))
+    else:
+        _, rows, run = start(stage, road, tmp_path)
+    plain, dropout = (road.folder / "rm", dropouts["reward_model"]) if stage == "rm" else (
+        road.folder / "sft", dropouts["init"])
+    models = [build_model(load_checkpoint(folder)).train() for folder in (plain, dropout)]
+    found = [SCRIPTS[stage].evaluate(model, rows, run.cfg, run) for model in models]
+    assert found[0] == found[1] and models[1].training
 
 
-@pytest.mark.parametrize("system", ["", "Be brief."])
-def test_a_chat_forgets_its_oldest_exchange_only_where_the_context_is_full(system, road, capsys,
-                                                                          monkeypatch):
-    """An answer may take all of max_new_tokens, and a conversation may fill the rest to the last."""
-    tok, asked, said = road.tokenizer, [], ["cow?", "dog?", "pig?"]
-    monkeypatch.setattr(sample, "respond", lambda model, prompts, *a, **k: (
-        asked.append(prompts[0]) or [[(tok.encode("moo") + [tok.end_id], True)]]))
-    start = [{"role": "system", "content": system}] if system else []
-    whole = [tok.encode_prompt(start + chat("cow?", "moo", "dog?", "moo", "pig?")[at:])
-             for at in (0, 2)]
-    for room, expected in ((len(whole[0]), whole[0]), (len(whole[0]) - 1, whole[1])):
-        lines = iter([*said, ""])
-        monkeypatch.setattr("builtins.input", lambda shown: next(lines))
-        block_size = load_checkpoint(road.folder / "sft")["model_config"]["block_size"]
-        sample.main(sample.Config(model=str(road.folder / "sft"), chat=True, system=system,
-                                  max_new_tokens=block_size - room))
-        assert asked[-1] == expected
+def test_check_03_the_frozen_models_of_reward_modelling_and_dpo_have_no_dropout(road, tmp_path,
+                                                                              dropouts):
+    """DPO's reference, and the SFT model and reward model that set the scores' scale."""
+    _, rows, run = start("dpo", road, tmp_path)
+    again = [dict(row) for row in rows]
+    reference = frozen(build_model(load_checkpoint(dropouts["init"])))
+    train_dpo.add_reference(reference, again, run.cfg, run)
+    assert again == rows
+    found = []
+    for sft, rm in ((road.folder / "sft", road.folder / "rm"), dropouts.values()):
+        run = start_run(road.config("rm", tmp_path / "rm", dtype="float32"), {"init": "sft"})
+        prompts = [run.tokenizer.encode_prompt(chat(question)) for question, _ in PROMPTS[:16]]
+        policy, model = build_model(load_checkpoint(sft)), build_model(load_checkpoint(rm))
+        found.append(train_rm.measure_scores(model.train(), policy.train(), prompts, run.cfg, run))
+    assert found[0] == found[1]
 
 
-def test_sample_passes_its_options_on(road, tmp_path, capsys):
-    greedy = sampled(road, capsys, prompt="What does a cow say?", temperature=0.0)
-    for option in (dict(top_k=1), dict(top_p=1e-6)):
-        assert sampled(road, capsys, prompt="What does a cow say?", **option) == greedy
-    out = sampled(road, capsys, prompts=road.prompts, save=str(tmp_path / "s.jsonl"), limit=3,
-                  num_samples=2)
-    rows = read_samples(tmp_path / "s.jsonl")
-    assert [row["messages"][0]["content"] for row in rows] == [q for q, _ in PROMPTS[:3]]
-    ended = [answer["ended"] for row in rows for answer in row["samples"]]
-    assert f"6 samples of 3 prompts, {100 * sum(ended) / 6:.1f}% ended" in out
+def test_check_06_sft_and_dpo_add_up_the_log_probs_of_the_answers_tokens(road, tmp_path, float64):
+    model, rows, run = start("sft", road, tmp_path)
+    nats = [-logp for ids, mask in rows for logp, trained in zip(logprobs_of(model, ids, 1), mask[1:])
+            if trained]
+    close(loss_of("sft", model, rows, run), torch.stack(nats).mean())
+    model, pairs, run = start("dpo", road, tmp_path)
+    logps = train_dpo.pair_logps(model, *train_dpo.make_batch(pairs, run.device))
+    reference = run.model("init")
+    for name, mine in zip(("chosen", "rejected"), logps):
+        for pair, logp in zip(pairs, mine):
+            ids, mask = pair[name]
+            first = mask.index(True)
+            close(logp, logprobs_of(model, ids, first).sum())
+            close(torch.tensor(pair[f"ref_{name}_logp"]), logprobs_of(reference, ids, first).sum())
 
 
-def test_chat_ends_with_the_input(road, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
-    assert "An empty line ends" in sampled(road, capsys, chat=True)
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_check_07_exactly_the_answers_tokens_get_gradient_whatever_fills_the_rows(
+        stage, road, tmp_path, monkeypatch):
+    """Bug: masks made from ids. Where the filler is the end token, `tokens != pad` throws the
+    answers' own end tokens out together with the filler.
+
+    Curve: the loss looks a little better than it should, and answers grow up to the limit.
+    Seen: transformers#23530, with pad = eos the collator gave every end token the label -100;
+    trl#3200 mended it in SFT, trl#6357 in two more trainers.
+    """
+    model, rows, run = start(stage, road, tmp_path)
+    tok, losses = run.tokenizer, []
+    if stage != "ppo":  # an answer may hold the id 0 too
+        zeros = {"messages": chat("cow?"), "answers": ["\0", "moo\0\0"], "ranks": [0, 1]}
+        if stage == "sft":
+            zeros = {"messages": chat("cow?", "\0moo\0")}
+        rows = rows + SCRIPTS[stage].encode([zeros], tok, 64, run.cfg)
+    if stage == "dpo":
+        train_dpo.add_reference(frozen(run.model("init")), rows, run.cfg, run)
+    for filler in (0, tok.end_id, tok.assistant_id, 300):
+        loss, outputs = backward(stage, model, refilled(stage, rows, monkeypatch, filler=filler),
+                                 run)
+        for ids, gradient in zip(sequences(stage, rows), outputs.grad.ne(0).any(-1)):
+            first = ids.index(tok.assistant_id)  # its output predicts the answer's first token
+            last = len(ids) - 2  # this one predicts the end token
+            assert torch.nonzero(gradient)[:, 0].tolist() == list(range(first, last + 1))
+        losses.append(loss.item())
+    assert len(set(losses)) == 1
 
 
-def test_evaluate_compares_tiny_models(road, tmp_path, capsys):
-    road.run("dpo", tmp_path / "dpo", lr=1e-3, num_epochs=3)
-    results = evaluate.main(evaluate.Config(
-        models=str(tmp_path / "dpo"), against=str(road.folder / "sft"), max_new_tokens=12,
-        base=str(road.folder / "pretrain"), plain=f"{road.tools}:plain_prompt",
-        judge=f"{road.tools}:judge", reward_model=str(road.folder / "rm"), prompts=road.prompts,
-        preferences=road.preferences, out=str(tmp_path / "eval"), best_of=2))
-    players, compared = results["players"], results["comparisons"]
-    assert set(players) == {"sft", "sft greedy", "dpo", "dpo greedy", "wrapper", "refuse all",
-                            "best of 2", "base few-shot", "base zero-shot"}
-    assert players["sft"]["kl"] == pytest.approx(0, abs=1e-4) and players["dpo"]["kl"] > 0
-    assert players["best of 2"]["reward"] > players["sft"]["reward"]
-    assert results["reward_model"]["accuracy"] > 0.8
-    for c in compared.values():
-        assert c["wins"] + c["ties"] + c["losses"] == pytest.approx(1)
-        assert c["low"] <= c["rate"] <= c["high"]
-    assert "dpo over sft" in capsys.readouterr().out
-    rows = read_samples(tmp_path / "eval" / "dpo_greedy.jsonl")
-    assert len(rows) == 40 and (tmp_path / "eval" / "results.json").exists()
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_check_08_every_stage_trains_the_end_token(stage, road, tmp_path):
+    """Bug: the end token gets no loss in one of the stages: cut off when a row is shortened, left
+    out of a mask, or never among the tokens that a rollout keeps.
+
+    Curve: the share of ended answers falls to 0, length stands at the limit, and in PPO the
+    missing-end score becomes the whole reward.
+    Seen: trl#1623, SFT models that never stop, and trl#3091, the same again; OpenRLHF#181, PPO's
+    action mask left the end token out.
+    """
+    model, rows, run = start(stage, road, tmp_path)
+    end, ids = run.tokenizer.end_id, sequences(stage, rows)
+    slope = torch.stack([gradient[len(one) - 2, end] for one, gradient in zip(  # (N,)
+        ids, backward(stage, model, rows, run)[1].grad)])
+    if stage == "ppo":
+        ended, last = rows["ended"], (rows["lengths"] - 2)[:, None]
+        assert ended.any() and [one[-1] == end for one in ids] == ended.tolist()
+        advantages = rows["whitened_advantages"].gather(1, last)[:, 0]  # of the last token
+        assert (slope.sign() == -advantages.sign())[ended].all() and (slope != 0).all()
+    else:
+        assert all(one[-1] == end for one in ids)
+        assert (slope[:4] < 0).all()  # a step down this slope makes the end token likelier ...
+        assert stage == "sft" or (slope[4:] > 0).all()  # ... and less likely where it is rejected
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_check_11_an_evaluation_weighs_prompts_or_pairs_alike(stage, road, tmp_path, float64):
+    model, rows, run = start(stage, road, tmp_path)
+    if stage == "rm":
+        alone = [train_rm.loss_of(model, train_rm.make_batch([row], 0.0, "cpu")) for row in rows]
+    else:
+        alone = [train_dpo.loss_of(model, [row], run.cfg, run)[0] for row in rows]
+    for micro in (0, 1, 3):
+        cfg = dataclasses.replace(run.cfg, micro_batch_size=micro)
+        found = SCRIPTS[stage].evaluate(model, rows, cfg, run)["val_loss"]
+        assert found == pytest.approx(torch.cat(alone).mean().item(), rel=1e-9)
+
+
+def test_check_11_a_batch_without_any_token_to_train_raises(road, tmp_path):
+    model, rows, run = start("sft", road, tmp_path)
+    nothing = [(ids, [False] * len(ids)) for ids, _ in rows]
+    with pytest.raises(ValueError, match="empty mask"):
+        loss_of("sft", model, nothing, run)
+    actor, rollout, run = start("ppo", road, tmp_path)
+    empty = {**rollout, "response_mask": torch.zeros_like(rollout["response_mask"])}
+    with pytest.raises(ValueError, match="empty mask"):
+        train_ppo.minibatch_loss(actor, empty, [0, 1], 5, run.cfg, run)
+    with pytest.raises(ValueError, match="empty mask"):
+        train_ppo.summarise(empty, 0.1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_check_11_nan_at_filler_changes_no_loss_and_no_gradient(stage, road, tmp_path):
+    model, rows, run = start(stage, road, tmp_path)
+    plain = results(stage, model, rows, run)
+    lengths = torch.tensor([len(ids) for ids in sequences(stage, rows)])
+    poison(head_of(stage, model), lengths)
+    if stage == "ppo":
+        poison(model.critic, lengths)
+    for a, b in zip(results(stage, model, rows, run), plain):
+        assert torch.equal(a, b)
+
+
+def test_check_13_the_prompt_stays_masked_in_both_answers_however_much_of_it_is_cut(road, tmp_path):
+    """Bug: prompt tokens get loss: in one answer of a pair only, or once ids and mask are cut at
+    different ends.
+
+    Curve: SFT's loss follows the prompts' text; DPO's log-probs are far too low, and its margins
+    jump with the prompts' lengths where the two answers are cut differently.
+    Seen: OpenRLHF#235, DPO counted the prompt's log-probs, mended by #237;
+    eric-mitchell/direct-preference-optimization 21fd7fe, labels padded with an id that had loss.
+    """
+    long = "Tell me, please, " + " and ".join(question for question, _ in PROMPTS[:4])
+    tok, answers = road.tokenizer, [polite("moo"), rude("moo")]
+    row = {"messages": chat(long), "answers": answers, "ranks": [0, 1], "grades": None}
+    whole = tok.encode_prompt(row["messages"])
+    cfg = road.config("dpo", tmp_path, too_long="cut")
+    longest = len(whole) + max(len(tok.encode(answer)) for answer in answers) + 1
+    for max_len in range(longest - len(whole) + 2, longest + 1):
+        [pair] = train_dpo.encode([row], tok, max_len, cfg)
+        prompt = whole[:1] + whole[1 + longest - max_len :]  # the same tokens leave both
+        for name, answer in zip(("chosen", "rejected"), answers):
+            trained = tok.encode(answer) + [tok.end_id]
+            assert pair[name] == (prompt + trained, [False] * len(prompt) + [True] * len(trained))
+        [example] = train_rm.encode([row], tok, max_len, cfg)
+        assert example["ids"] == [pair["chosen"][0], pair["rejected"][0]]
+
+
+@pytest.mark.parametrize("max_len", [64, 35, 30])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_check_13_no_prompt_token_gets_gradient(stage, max_len, road, tmp_path):
+    model, _, run = start(stage, road, tmp_path, too_long="cut")
+    tok, long = run.tokenizer, " ".join(question for question, _ in PROMPTS[:3])
+    if stage == "sft":
+        rows = [{"messages": chat(text, polite("moo"))} for text in ("cow?", long)]
+    else:
+        rows = [{"messages": chat(text), "answers": [polite("moo"), rude("moo")], "ranks": [0, 1]}
+                for text in ("cow?", long)]
+    rows = SCRIPTS[stage].encode(rows, tok, max_len, run.cfg)
+    if stage == "dpo":
+        train_dpo.add_reference(frozen(run.model("init")), rows, run.cfg, run)
+    gradients = backward(stage, model, rows, run)[1].grad.ne(0).any(-1)  # (N, T)
+    assert max(map(len, sequences(stage, rows))) <= max_len
+    for ids, gradient in zip(sequences(stage, rows), gradients):
+        first = ids.index(tok.assistant_id)  # its output predicts the answer's first token
+        assert torch.nonzero(gradient)[:, 0].tolist() == list(range(first, len(ids) - 1))
+
+
+def test_check_14_preferences_train_the_last_turn_only(road, tmp_path):
+    tok = road.tokenizer
+    row = {"messages": CHAT[:-1], "answers": ["moo", " moo.", "<|end|>"], "ranks": [0, 1, 2],
+           "grades": None}
+    expected = [[one for one, _ in template(tok, CHAT[:-1] + [
+        {"role": "assistant", "content": answer}])] for answer in row["answers"]]
+    start = len(template(tok, CHAT[:-1])) + 1  # after the last assistant mark
+    [example] = train_rm.encode([row], tok, 200, road.config("rm", tmp_path))
+    assert example["ids"] == expected
+    [pair] = train_dpo.encode([row], tok, 200, road.config("dpo", tmp_path))
+    for (ids, mask), want in zip((pair["chosen"], pair["rejected"]), (expected[0], expected[2])):
+        assert ids == want
+        assert mask == [False] * start + [True] * (len(ids) - start)
+
+
+def test_check_14_what_is_sampled_continues_the_template_with_the_answer_open(road, tmp_path,
+                                                                             monkeypatch):
+    """In PPO, for the reward model's scale, and in SFT's samples."""
+    tok = road.tokenizer
+    prompt_of = lambda messages: [one for one, _ in template(tok, messages)] + [tok.assistant_id]
+    prompts = [prompt_of(chat(question)) for question, _ in PROMPTS]
+    calls = watch(monkeypatch, train_ppo, "collect_rollout")
+    road.run("ppo", tmp_path / "ppo", num_steps=1, rollout_size=40, minibatch_size=40,
+             micro_batch_size=0)
+    [((_, _, _, asked, *_), rollout)] = calls
+    assert sorted(asked) == sorted(prompts)
+    assert [ids[:p] for ids, p in zip(sequences("ppo", rollout), rollout["prompt_lens"])] == asked
+
+    calls = watch(monkeypatch, train_rm, "generate")
+    road.run("rm", tmp_path / "rm", num_normalize=33, batch_size=8)
+    assert [len(asked) for (_, asked, *_), _ in calls] == [8, 8, 8, 8, 1]  # and none is left out
+    asked = [one for (_, batch, *_), _ in calls for one in batch]
+    assert all(one in prompts for one in asked) and len(set(map(tuple, asked))) == 33
+
+    model, _, run = start("sft", road, tmp_path)
+    shown = []
+    monkeypatch.setattr(run, "show", lambda step, text: shown.append(text))
+    calls = watch(monkeypatch, train_sft, "generate")
+    rows = [{"messages": messages} for messages in
+            (CHAT[:3], chat("cow?", "moo"), chat("cow?", "moo", "dog?", "woof"))]
+    train_sft.show_samples(model, train_sft.encode(rows, tok, 64, run.cfg), 1, run)
+    assert [args[1] for args, _ in calls] == [[prompt_of(row["messages"][:-1])] for row in rows]
+    for text, row in zip(shown, rows):
+        assert text.startswith(f"  user: {row['messages'][-2]['content']}\n  model: ")
+
+
+def record(monkeypatch, owner, name, letter, events):
+    """Write a letter into events at each call of owner.name."""
+    function = getattr(owner, name)
+
+    def recorder(*arguments, **options):
+        events.append(letter)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, recorder)
+
+
+def events_of(monkeypatch):
+    """A list that will hold a letter for every backward, unscale, clip, step, zero and update."""
+    events = []
+    for owner, name in ((torch.Tensor, "backward"), (Scaler, "unscale_"), (Scaler, "step"),
+                        (torch.nn.utils, "clip_grad_norm_"), (torch.optim.Optimizer, "zero_grad"),
+                        (Scaler, "update")):
+        letter = "+" if name == "update" else name[0]
+        record(monkeypatch, owner, name, letter, events)
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    monkeypatch.setattr(Run, "preflight", lambda *_: None)  # its backward is no training step
+    return events
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_check_21_every_stage_goes_backward_unscale_clip_step_zero(stage, road, tmp_path,
+                                                                   monkeypatch):
+    """Bug: clipping before unscaling, which clips the loss scale and not the gradient; stepping
+    before clipping; gradients of one step that add up into the next.
+
+    Curve: the logged gradient norm is the loss scale times too large and the loss falls slowly;
+    or, with gradients that add up, the norm grows step by step.
+    Seen: Lightning#9599, mended in #9606, and pytorch/examples#1196: clipped before unscaled. As to
+    the betas, OpenRLHF 59d77665: the critic's optimizer ignored those that were asked for.
+    """
+    options = dict(dtype="float32", grad_clip=0.02)
+    options.update({"stop_kl": 0.0} if stage == "ppo" else {"eval_every": 1})
+    if stage != "pretrain":  # which has no micro-batches
+        options["micro_batch_size"] = 3
+    plain = road.run(stage, tmp_path / "plain", **options)
+    events = events_of(monkeypatch)
+    with watched_steps() as steps:
+        scaled = road.run(stage, tmp_path / "scaled", **options)
+    num_optimizers = 2 if stage == "ppo" else 1
+    order = "".join(events)
+    assert re.fullmatch(f"(b+(ucsz){{{num_optimizers}}})+", order.replace("+", ""))
+    assert len(steps) == order.count("s") == num_optimizers * order.count("+") > 2
+    # Each optimizer steps by its own clipped gradient (clipping divides by the norm plus 1e-6) ...
+    assert [step.gradient.norm().item() for step in steps] == pytest.approx([0.02] * len(steps),
+                                                                            rel=1e-4)
+    # ... and the scale, a power of two, leaves no trace, not in the last bit.
+    assert without_clock(scaled) == without_clock(plain)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_check_21_the_two_betas_are_two_numbers(stage, road, tmp_path):
+    """Bug: one decay for both moments, or a pair that never reaches the optimizer."""
+    road.run(stage, tmp_path)
+    states = {k: v for k, v in load_checkpoint(tmp_path).items() if k.startswith("optimizer")}
+    assert len(states) == (2 if stage == "ppo" else 1)
+    for state in states.values():
+        for group in state["param_groups"]:
+            assert group["betas"] == (0.9, 0.95)
+            assert group["eps"] == (1e-5 if stage == "ppo" else 1e-8)
+
+
+@pytest.mark.parametrize("stage, options", [
+    ("sft", {}), ("rm", {"margin": 1.0}), ("dpo", {}), ("ppo", {}), ("ppo", {"share_critic": True}),
+])
+def test_check_23_micro_batches_give_the_full_batchs_steps(stage, options, road, tmp_path, double):
+    """Bug: a mean of the micro-batches' means, in which a short one's tokens weigh more.
+
+    Curve: runs with 1 and with 32 micro-batches have different curves of loss and gradient norm;
+    without any division both are as many times too large.
+    Seen: huggingface/transformers#24725 and #34191, pytorch/torchtune#1875 and, for DPO,
+    huggingface/trl#2615.
+    """
+    options = {"dtype": "float32", **options, **({} if stage == "ppo" else {"held_out": 0.3})}
+    runs = []
+    for micro in (0, 3):  # 8 and, at the end, 4 rows a step; minibatches of 4 in PPO: 3 + 1
+        with watched_steps() as steps:
+            history = road.run(stage, tmp_path / str(micro), micro_batch_size=micro, **options)
+        runs.append((without_clock(history), [step.gradient for step in steps]))
+    (full, full_steps), (split, split_steps) = runs
+    # PPO takes its log-probs in float32, whatever the model's precision.
+    rtol = 1e-6 if stage == "ppo" else 1e-9
+    assert len(full_steps) > 2
+    for a, b in zip(split_steps, full_steps, strict=True):
+        assert (a - b).norm() <= rtol * b.norm()
+    for a, b in zip(split, full, strict=True):
+        for key in b:
+            assert a[key] == pytest.approx(b[key], rel=rtol, abs=1e-9), key
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_check_23_a_smaller_batch_is_divided_by_its_own_size(stage, road, tmp_path):
+    """Bug: the last, smaller batch of an epoch divided by the size of the others."""
+    history = road.run(stage, tmp_path, dtype="float32", batch_size=100, micro_batch_size=7)
+    # One step, on 36 prompts or pairs. A new head scores all answers alike, and DPO's policy is its
+    # reference still: nobody prefers anything yet.
+    assert len(history) == 1 and history[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_check_26_log_probs_of_very_sure_models_equal_float64(stage, road, tmp_path):
+    """Nothing is squashed before the cross-entropy, and log(0) never comes up."""
+    run = begin("sft", road, tmp_path)
+    real = run.model("init")
+    with torch.no_grad():
+        examples = train_sft.encode(train_sft.read_demonstrations(run.cfg.data), run.tokenizer, 64,
+                                    run.cfg)[:4]
+        tokens, mask = train_sft.make_batch(examples, "cpu")
+        logits = (50 * real(tokens)).requires_grad_()  # float32, hundreds apart
+    model = lambda idx: logits
+    exact = logits.detach().double()[:, :-1].log_softmax(-1).gather(
+        2, tokens[:, 1:, None]).squeeze(2)  # (B, T-1)
+    assert exact.min() < -150
+    if stage == "pretrain":
+        result, expected = train_pretrain.loss_of(model, tokens), -exact.mean()
+    elif stage == "sft":
+        result, expected = train_sft.loss_of(model, tokens, mask), -exact[mask].mean()
+    else:
+        result = torch.cat(train_dpo.pair_logps(model, tokens, mask))
+        expected = torch.where(mask, exact, 0.0).sum(1)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+    result.sum().backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_check_27_a_run_leaves_them_out_too(stage, road, tmp_path, capsys):
+    rows = [row for _, row in read_rows(road.preferences)][:8]
+    data = write_rows(tmp_path / "pairs.jsonl", rows + TWINS[:1] * 5)
+    road.run(stage, tmp_path / "run", data=data)
+    printed = capsys.readouterr().out
+    assert "5 identical" in printed
+    assert ("8 pairs" if stage == "dpo" else "8 prompts") in printed
+    with pytest.raises(UserError, match="too few"):
+        road.run(stage, tmp_path / "other", data=write_rows(tmp_path / "t.jsonl", TWINS[:1] * 9))
+
+
+NUM_TOKENS = {  # the real tokens of one example
+    "sft": lambda example: len(example[0]), "rm": lambda example: sum(map(len, example["ids"])),
+    "dpo": lambda example: len(example["chosen"][0]) + len(example["rejected"][0])}
+
+
+def without_evaluation(script, stage, monkeypatch):
+    """Leave evaluations and the try of the largest batch out; collects the held-out examples."""
+    held_out = []
+    monkeypatch.setattr(Run, "preflight", lambda *rest: None)
+    monkeypatch.setattr(script, "evaluate", lambda model, examples, *rest:
+                        held_out.extend(examples) or (0.0 if stage == "sft" else {}))
+    if stage == "rm":
+        monkeypatch.setattr(script, "measure_scores", lambda *rest: (torch.zeros(()),) * 2)
+    if stage == "dpo":
+        monkeypatch.setattr(script, "add_reference", lambda reference, pairs, *rest: [
+            pair.update(ref_chosen_logp=0.0, ref_rejected_logp=0.0) for pair in pairs])
+    return held_out
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_check_31_the_speed_counts_real_tokens_only(stage, road, tmp_path, monkeypatch):
+    script, lines = SCRIPTS[stage], watch(monkeypatch, Run, "log")
+    if stage == "ppo":
+        rollouts = watch(monkeypatch, script, "collect_rollout")
+        road.run(stage, tmp_path / "run", num_steps=2)
+        expected = sum(int(rollout["lengths"].sum()) for _, rollout in rollouts)
+    else:
+        encoded = watch(monkeypatch, script, "encode")
+        held_out = without_evaluation(script, stage, monkeypatch)
+        road.run(stage, tmp_path / "run", eval_every=4,  # 5 steps: a row of 4 and a row of 1
+                 **({"num_samples": 0} if stage == "sft" else {}))
+        everything = sum(map(NUM_TOKENS[stage], encoded[0][1]))
+        expected = everything - sum(map(NUM_TOKENS[stage], held_out[: len(held_out) // 2]))
+    assert len(lines) == 2 and sum(arguments[3] for arguments, _ in lines) == expected
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_check_32_an_epoch_trains_on_each_example_once_and_on_no_held_out_one(
+        stage, road, tmp_path, monkeypatch):
+    script = SCRIPTS[stage]
+    held_out = without_evaluation(script, stage, monkeypatch)
+    encoded = watch(monkeypatch, script, "encode")
+    batches = watch(monkeypatch, script, "make_batch")
+    steps = watch(monkeypatch, torch.nn.utils, "clip_grad_norm_")
+    road.run(stage, tmp_path / "run", num_epochs=3, micro_batch_size=3, held_out=0.3,
+             eval_every=100, **({"num_samples": 0} if stage == "sft" else {}))
+    examples = encoded[0][1]
+    place = {id(example): i for i, example in enumerate(examples)}
+    out = {place[id(example)] for example in held_out}
+    seen = [place[id(example)] for arguments, _ in batches for example in arguments[0]]
+    epochs = [seen[i : i + 28] for i in (0, 28, 56)]
+    assert len(examples) == 40 and len(out) == 12 and len(seen) == 3 * 28
+    assert all(sorted([*epoch, *out]) == list(range(40)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert len(steps) == 3 * math.ceil(28 / 8)
+    sizes = [[NUM_TOKENS[stage](examples[i]) for i in epoch[::8]] for epoch in epochs]
+    assert any(row != sorted(row) for row in sizes)  # batches do not come from short to long
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_check_33_compared_answers_keep_the_same_end_of_their_prompt(stage, road, tmp_path):
+    data = write_rows(tmp_path / "long.jsonl", [
+        {"prompt": LONG, "chosen": "Please: moo.", "rejected": "moo"},
+        {"prompt": LONG, "chosen": "moo", "rejected": "moo, fool."}])
+    run = begin(stage, road, tmp_path, data=data, too_long="cut")
+    rows = SCRIPTS[stage].read_preferences(data)
+    examples = SCRIPTS[stage].encode(rows, run.tokenizer, 64, run.cfg)
+    for row, example in zip(rows, examples):
+        answers, start = answers_of(row, run.tokenizer)
+        over = max(map(len, answers)) - 64
+        expected = [ids[:1] + ids[1 + over :] for ids in answers]
+        if stage == "rm":
+            assert example["ids"] == expected and example["prompt_len"] == start - over
+        else:
+            assert [example["chosen"][0], example["rejected"][0]] == expected
+            for side, ids in zip(("chosen", "rejected"), expected):
+                assert example[side][1] == [k >= start - over for k in range(len(ids))]
+            tokens, shifted = train_dpo.make_batch([example], "cpu")
+            for k in range(2):
+                assert tokens[k, 1:][shifted[k]].tolist() == expected[k][start - over :]
+
+
+GIANT = "moo, " * 40  # an answer that no cut of its prompt makes fit
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_check_33_no_sample_is_kept_that_has_nothing_left_to_train_on(stage, too_long, road,
+                                                                      tmp_path, capsys):
+    if stage == "sft":
+        rows = [{"messages": chat(*turns)} for turns in
+                (("cow?", GIANT), ("dog?", "woof"), (LONG, "moo"))]
+    else:
+        rows = [{"prompt": "cow?", "chosen": "moo", "rejected": GIANT},
+                {"prompt": "dog?", "output": ["woof", "meow", "baa"]},
+                {"prompt": LONG, "chosen": "moo", "rejected": "baa"}]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    script = SCRIPTS[stage]
+    read = train_sft.read_demonstrations if stage == "sft" else script.read_preferences
+    run = begin(stage, road, tmp_path, data=data, too_long=too_long)
+    examples = script.encode(read(data), run.tokenizer, 64, run.cfg)
+    printed = capsys.readouterr().out
+    assert len(examples) == (2 if too_long == "cut" else 1)
+    answers = (examples if stage == "sft" else
+               [e[side] for e in examples for side in ("chosen", "rejected")] if stage == "dpo"
+               else [(ids, [True]) for e in examples for ids in e["ids"]])
+    for ids, mask in answers:
+        assert ids[0] == run.tokenizer.begin_id and ids[-1] == run.tokenizer.end_id
+        assert len(ids) <= 64 and any(mask)
+    left = {"sft": 3 - len(examples), "dpo": 3 - len(examples)}.get(
+        stage, 2 if too_long == "cut" else 3)
+    assert {"sft": f"{left} left out (longer than 64", "dpo": f"{left} longer than 64",
+            "rm": f"{left} longer than 64"}[stage] in printed
+    run.cfg.too_long = "refuse"
+    place = "dialogue 1" if stage == "sft" else "row 1, answer 2"  # the one that does not fit
+    with pytest.raises(UserError, match=rf"{place} has \d+ tokens, 64 fit"):
+        script.encode(read(data), run.tokenizer, 64, run.cfg)
+
+
+def test_check_33_one_answer_that_is_too_long_leaves_the_others_their_ranks(road, tmp_path, capsys):
+    data = write_rows(tmp_path / "long.jsonl", [
+        {"prompt": "cow?", "output": ["Please: moo.", GIANT, "moo", "baa"],
+         "ranks": [0, 1, 2, 3], "grades": [[0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 1], [0] * 4]}])
+    run = begin("rm", road, tmp_path, data=data, too_long="drop")
+    (example,) = train_rm.encode(train_rm.read_preferences(data), run.tokenizer, 64, run.cfg)
+    assert example["ranks"] == [0, 2, 3]
+    assert example["grades"] == [[0, 2, 3], [0, 0, 1], [0, 0, 0]]
+    run = begin("dpo", road, tmp_path, data=data, too_long="drop", pairs="all")
+    pairs = train_dpo.encode(train_dpo.read_preferences(data), run.tokenizer, 64, run.cfg)
+    assert len(pairs) == 3 and "0 identical, 3 longer than 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_check_33_a_run_with_long_rows_ends_and_shows_them(stage, too_long, road, tmp_path, capsys,
+                                                           monkeypatch):
+    """A cut prompt's row once met a script that needed the whole prompt, after all the training."""
+    if stage == "sft":
+        long, source = {"messages": chat(LONG, polite("moo"))}, road.demonstrations
+    else:
+        long = {"prompt": LONG, "chosen": polite("moo"), "rejected": "moo"}
+        source = road.preferences
+    sampled = watch(monkeypatch, train_sft, "generate")
+    rows = [row for _, row in read_rows(source)][:10]
+    data = write_rows(tmp_path / "long.jsonl", [long] * 5 + rows)
+    history = road.run(stage, tmp_path / "run", data=data, too_long=too_long, eval_every=100,
+                       **({"num_samples": 20, "held_out": 0.8} if stage == "sft" else {}))
+    assert finite(history)
+    printed = capsys.readouterr().out
+    if stage == "sft":
+        assert f"{15 if too_long == 'cut' else 10} dialogues" in printed
+        shown = (tmp_path / "run" / "samples.txt").read_text()
+        assert ("does it say? What does it" in shown) == (too_long == "cut")
+        for (_, (prompt,), *_), _ in sampled:  # up to where the answer begins
+            assert prompt[0] == road.tokenizer.begin_id
+            assert prompt[-1] == road.tokenizer.assistant_id and len(prompt) < 64
+
+
+def sft_setting(road, tmp_path):
+    run = begin("sft", road, tmp_path)
+    model = run.model("init")
+    examples = train_sft.encode(train_sft.read_demonstrations(run.cfg.data), run.tokenizer, 64,
+                                run.cfg)[:8]
+    tokens, mask = train_sft.make_batch(examples, "cpu")
+    wish = lambda: model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[
+        ..., 0][mask].mean()
+    return model, lambda: train_sft.loss_of(model, tokens, mask), {"loss": wish}
+
+
+def pretrain_setting(road, tmp_path):
+    model, tokens = begin("sft", road, tmp_path).model("init"), torch.arange(40).view(4, 10) % 26
+    wish = lambda: model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).mean()
+    return model, lambda: train_pretrain.loss_of(model, tokens), {"loss": wish}
+
+
+def rm_setting(road, tmp_path):
+    run = begin("rm", road, tmp_path, data=write_rows(tmp_path / "ranked.jsonl", RANKED))
+    rows = train_rm.read_preferences(run.cfg.data)
+    batch = train_rm.make_batch(train_rm.encode(rows, run.tokenizer, 64, run.cfg), 0.0, "cpu")
+    model, score = scored(road.folder / "rm")
+    wish = lambda: -torch.tensor([ranked_loss(row, score, run.tokenizer) for row in rows]).mean()
+    return model, lambda: train_rm.loss_of(model, batch), {"loss": wish}
+
+
+def dpo_setting(road, tmp_path):
+    run = begin("dpo", road, tmp_path)
+    model = run.model("init")
+    pairs = train_dpo.encode(train_dpo.read_preferences(run.cfg.data), run.tokenizer, 64,
+                             run.cfg)[:2]
+    reference = frozen(run.model("init"))
+    train_dpo.add_reference(reference, pairs, run.cfg, run)
+
+    def wish():
+        nats = [dpo_oracle(model, reference, pair["chosen"][0], pair["rejected"][0],
+                           pair["chosen"][1].index(True), run.cfg.beta)["val_loss"]
+                for pair in pairs]
+        return -torch.tensor(nats).mean()
+
+    return model, lambda: train_dpo.loss_of(model, pairs, run.cfg, run)[0], {"loss": wish}
+
+
+def ppo_setting(road, tmp_path):
+    rollout, actor, _, _, cfg, run = collect(road, tmp_path)
+    mask, tokens = rollout["response_mask"], rollout["tokens"]
+
+    def loss():
+        total, stats = train_ppo.minibatch_loss(actor, rollout, list(range(16)), mask.sum(), cfg,
+                                                run)
+        close(total.detach(), stats["policy_loss"] + stats["value_loss"], rtol=1e-5)
+        return total, stats["policy_loss"], stats["value_loss"]
+
+    def policy_wish():
+        new = actor.policy(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        gain = rollout["whitened_advantages"] * (new - rollout["logprobs"]).exp()
+        return gain[mask].mean()
+
+    value_wish = lambda: -0.5 * ((actor.critic(tokens)[:, :-1] - rollout["returns"])[mask] ** 2
+                                 ).mean()
+    return actor, loss, {"policy_loss": policy_wish, "value_loss": value_wish}
+
+
+SETTINGS = {  # stage: (how to set it up, the losses that its script uses)
+    "pretrain": (pretrain_setting, ["loss_of"]), "sft": (sft_setting, ["sft_loss"]),
+    "rm": (rm_setting, ["reward_model_loss"]), "dpo": (dpo_setting, ["dpo_loss"]),
+    "ppo": (ppo_setting, ["ppo_policy_loss", "ppo_value_loss"]),
+}
+
+
+def exam(stage, road, tmp_path):
+    """Each of the script's losses is minus what one wishes for, written here in plain PyTorch, and
+    one step of its optimizer brings more of that."""
+    model, loss_of, wishes = SETTINGS[stage][0](road, tmp_path)
+    result = loss_of()
+    loss, *parts = result if isinstance(result, tuple) else (result.mean(), result.mean())
+    with torch.no_grad():
+        before = [wish().item() for wish in wishes.values()]
+    for part, wished in zip(parts, before):
+        assert part.item() == pytest.approx(-wished, rel=1e-5, abs=1e-6)
+    assert loss.requires_grad
+    loss.backward()
+    make_optimizer(model, lr=1e-4).step()
+    with torch.no_grad():
+        after = [wish().item() for wish in wishes.values()]
+    assert all(new > old + 1e-5 for new, old in zip(after, before)), (before, after)
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_check_37_one_step_down_each_stages_loss_brings_more_of_what_it_is_for(stage, road,
+                                                                               tmp_path):
+    """Bug: a test suite that would pass a loss of zeros, a negated loss or a detached one.
+
+    Curve: zeros and a detached loss leave every curve flat; a negated one falls smoothly, below any
+    value that the formula can take, while the true score falls too.
+    Seen: Ziegler et al. (arXiv 1909.08593), "Bugs can optimize for bad behavior": a refactor
+    flipped a sign; PaLM-rlhf-pytorch c816ae6, an entropy term of the wrong sign for years.
+    """
+    exam(stage, road, tmp_path)
+
+
+CHANGES = {"zeros": lambda loss: loss * 0, "negated": lambda loss: -loss,
+           "detached": lambda loss: loss.detach(),
+           # The right number, but a gradient of zeros, or one that leads uphill.
+           "stuck": lambda loss: loss.detach() + 0 * loss,
+           "uphill": lambda loss: 2 * loss.detach() - loss}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("stage, name", [(stage, name) for stage in SETTINGS
+                                         for name in SETTINGS[stage][1]])
+def test_check_37_zeros_a_negated_and_a_detached_loss_fail_each_stages_step(
+        stage, name, change, road, tmp_path, monkeypatch):
+    original = getattr(SCRIPTS[stage], name)
+
+    def wrong(*arguments):
+        result = original(*arguments)
+        return ((CHANGES[change](result[0]), *result[1:]) if isinstance(result, tuple)
+                else CHANGES[change](result))
+
+    monkeypatch.setattr(SCRIPTS[stage], name, wrong)
+    with pytest.raises(AssertionError):
+        exam(stage, road, tmp_path)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_check_38_each_step_has_its_own_learning_rate(stage, road, tmp_path, monkeypatch):
+    """From warmup to peak to the last one; PPO falls in a straight line, for its critic too."""
+    script = SCRIPTS[stage]
+    rates = watch(monkeypatch, script, "set_lr")
+    steps = watch(monkeypatch, torch.optim.AdamW, "step")
+    if stage == "ppo":
+        options = dict(lr=1e-3, critic_lr=2e-3, num_steps=2, num_epochs=1, minibatch_size=8)
+        expected = [peak * share for share in (1, 0.55) for peak in (1e-3, 2e-3)]
+    else:
+        options = dict(lr=1e-3, warmup=2, eval_every=9, **(
+            {"num_steps": 5} if stage == "pretrain" else {}))
+        falls = lambda n: [0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
+        expected = [1e-3 * share for share in (0.5, 1.0, *falls(3))]
+    road.run(stage, tmp_path / "run", final_lr=0.1 if stage == "ppo" else 0.05, **options)
+    assert len(rates) == len(steps) == len(expected)
+    assert [rate for (_, rate), _ in rates] == pytest.approx(expected, rel=1e-9)

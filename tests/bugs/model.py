@@ -1,0 +1,17 @@
+"""Bugs to plant into minirlhf/model.py."""
+
+from bugs import Bug
+
+FILE = "minirlhf/model.py"
+BUGS = [
+    Bug("fused_attention", "mask is None", "False", "test_check_01",
+        "the fused kernel is not causal, so real tokens read the filler"),
+    Bug("Attention.forward", "mask[:, None, None, :]", "None", "test_check_02",
+        "is_causal with one query against the cache"),
+    Bug("Trunk.forward", "positions[:, None]", "0 * positions[:, None] + positions.max()",
+        "test_check_02", "all rows of a ragged batch decode at one position"),
+    Bug("ScalarModel.score", ".gather(1, (lengths - 1)[:, None]).squeeze(1)", "[:, -1]",
+        "test_check_12", "the score is read in the last column"),
+    Bug("ScalarModel.__init__", "zeros_(self.head.weight)", "normal_(self.head.weight, std=0.02)",
+        "test_check_34", "the reward model's head starts with random opinions"),
+]

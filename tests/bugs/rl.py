@@ -1,0 +1,40 @@
+"""Bugs to plant into minirlhf/rl.py."""
+
+from bugs import Bug
+
+FILE = "minirlhf/rl.py"
+BUGS = [
+    Bug("token_rewards", "scatter_add", "scatter", "test_check_08",
+        "the score replaces the end token's KL"),
+    Bug("token_rewards", "torch.where(mask, positions, -1).argmax(1)",
+        "(torch.where(mask, positions, -1).argmax(1) + 1).clamp(max=mask.shape[1] - 1)",
+        "test_check_09", "the score lands on the first filler"),
+    Bug("token_rewards", "torch.where(mask, positions, -1).argmax(1)",
+        "torch.full_like(mask.sum(1), mask.shape[1] - 1)", "test_check_09",
+        "the score lands in the batch's last column"),
+    Bug("token_rewards", ".scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))",
+        " + scores[:, None].to(rewards.dtype) * mask", "test_check_09",
+        "every token gets the whole score"),
+    Bug("gae", "torch.where(mask, values, torch.zeros_like(values))", "values", "test_check_15",
+        "the value of filler is bootstrapped from"),
+    Bug("gae", "reversed(range(values.shape[1]))", "range(values.shape[1])", "test_check_15",
+        "the recursion of GAE runs forwards"),
+    Bug("kl_estimate", "logprobs - ref_logprobs  #", "ref_logprobs - logprobs  #", "test_check_17",
+        "the log-ratio the wrong way round"),
+    Bug("kl_estimate", "return d", "return d.abs()", "test_check_17",
+        "k1 without its sign, which is biased"),
+    Bug("kl_estimate", ".exp(-d)", ".exp(-d).detach()", "test_check_18",
+        "k3 with a detached ratio: the right value and k1's gradient"),
+    Bug("group_advantages", "scores.std(1, keepdim=True)", "(scores.std(1, keepdim=True) + 1e-4)",
+        "test_check_22", "an epsilon added to the deviation"),
+    Bug("group_advantages", "std(1, keepdim=True)", "std(1, keepdim=True, correction=0)",
+        "test_check_22", "the biased deviation"),
+    Bug("group_advantages", "mean(1, keepdim=True)", "mean()", "test_check_22",
+        "one mean for all prompts"),
+    Bug("normalize_scores", "(ended", "(ended & (scores != 0)", "test_check_29",
+        "a score of 0 is taken for a missing one"),
+    Bug("adapt_beta", "kl / target - 1", "1 - kl / target", "test_check_30",
+        "the controller turns the wrong way"),
+    Bug("gae", "return advantages", "return -advantages", "test_check_38",
+        "advantages of the wrong sign"),
+]

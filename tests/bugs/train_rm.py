@@ -1,0 +1,23 @@
+"""Bugs to plant into train_rm.py."""
+
+from bugs import Bug
+
+FILE = "train_rm.py"
+BUGS = [
+    Bug("measure_scores", "[rollout.ended]", "", "test_check_10",
+        "answers that never ended count in the scores' scale"),
+    Bug("encode", "k, example[0]", "k, example[0][:-1]", "test_check_12",
+        "the reward model reads answers without their end"),
+    Bug("main", "/ len(batch)", "/ cfg.batch_size", "test_check_23",
+        "the reward model divides the last, smaller batch by the full size"),
+    Bug("encode", "tuple(example[0]) in seen", "False", "test_check_27",
+        "identical answers stay among the ranked ones"),
+    Bug("encode", 'number, "prompt_len"', 'len(examples), "prompt_len"', "test_check_27",
+        "after a row that was left out, each example points to its neighbour's prompt"),
+    Bug("evaluate", 'e["ranks"][i] < e["ranks"][j]', "i < j", "test_check_28",
+        "ties count as pairs in the accuracy"),
+    Bug("measure_scores", "rollout.tokens, rollout.lengths",
+        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) + "
+        "[run.tokenizer.end_id] for p, r in zip(prompts[start:], rollout.responses())])",
+        "test_check_36", "the scores' scale is measured on text that was encoded again"),
+]

@@ -1,0 +1,22 @@
+"""Bugs to plant into train_sft.py."""
+
+from bugs import Bug
+
+FILE = "train_sft.py"
+BUGS = [
+    Bug("evaluate", "model.train()", "pass", "test_check_03",
+        "after the first evaluation training goes on without dropout"),
+    Bug("loss_of", "[:, :-1]", "[:, 1:]", "test_check_06",
+        "SFT trains each position to repeat its own token"),
+    Bug("make_batch", "tokens.shape[1], device)",
+        "tokens.shape[1], device) & (tokens[:, 1:] != examples[0][0][-1])", "test_check_07",
+        "pad = end in SFT: the end token is masked with the filler"),
+    Bug("make_batch", "[mask for", "[[True] * len(mask) for", "test_check_13",
+        "SFT trains the prompt too"),
+    Bug("main", ", denominator", ") * len(tokens) / len(batch", "test_check_23",
+        "SFT takes the mean of the micro-batches' means"),
+    Bug("evaluate", "mask.sum().item()", "mask.numel()", "test_check_31",
+        "the held-out loss is divided by filler and prompt too"),
+    Bug("main", "[examples[i] for i in order[num_held_out:]]", "examples", "test_check_32",
+        "held-out dialogues are trained on"),
+]
