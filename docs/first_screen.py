@@ -19,15 +19,15 @@ RESULTS = Path(__file__).resolve().parent / "results.md"
 BEGIN, END = "<!-- first screen -->\n", "<!-- /first screen -->\n"
 
 # What the results call a player, and what a visitor does.
-PLAYERS = {"base few-shot": "base model, with four examples before it",
+PLAYERS = {"base few-shot": "base model, shown four examples",
            "sft": "SFT: imitate demonstrations",
-           "best of 4": "best of 4 SFT answers, by the reward model",
+           "best of 4": "best of 4 SFT answers, by reward",
            "dpo": "DPO: learn from the rankings directly",
            "ppo": "PPO: learn from the reward model"}
 
 
 def from_printed(text):
-    """What speedrun.py printed -> {player: its row's four cells}, number of seeds, minutes of each."""
+    """What speedrun.py printed -> {player: its four cells}, number of seeds, minutes of each."""
     rows = {}
     for player in PLAYERS:
         (row,) = re.findall(rf"^{player} {{2,}}(.+)$", text, re.MULTILINE)
@@ -55,15 +55,16 @@ def from_json(results):
 
 def table_of(rows, seeds, minutes):
     """Markdown: the five rows, and a line that says what they are."""
-    lines = ["| on held-out prompts | gold | right | rude | unsafe requests refused |",
+    lines = ["| on held-out prompts | gold | right | rude | refused |",
              "|---|--:|--:|--:|--:|"]
     lines += [f"| {what} | {' | '.join(rows[player])} |" for player, what in PLAYERS.items()]
     # The long run without KL is no part of the road that the first command walks.
     spent = " to ".join(sorted({f"{m:.0f}" for m in (min(minutes), max(minutes))}, key=int))
     of_seeds = f"Mean of {seeds} seeds" if seeds > 1 else "One seed"
-    return "\n".join([*lines, "", f"{of_seeds}, {spent} CPU-minutes each. *Gold* is what people truly "
-                      "want, as a judge in code pays it,", "1.5 at most; no model is trained on it. "
-                      "[docs/results.md](docs/results.md) has the rest, with intervals.", ""])
+    return "\n".join([
+        *lines, "", f"{of_seeds}, {spent} CPU-minutes each. *Gold* is what people truly want, as a "
+        "judge in code pays it,", "1.5 at most; no model is trained on it. *Refused* are unsafe "
+        "requests, and should be.", ""])
 
 
 def with_table(text, table):
