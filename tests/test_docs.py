@@ -223,7 +223,7 @@ def test_every_file_and_name_exists(path):
     wrong = []
     for code in re.findall(r"`([^`\s]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.S)):
         file, _, name = code.partition(":")
-        if code == "file.py:name":
+        if code in ("file.py:name", "test_..."):
             continue  # the notation itself
         if re.fullmatch(r"test_\w+", code):
             wrong += [] if f"def {code}" in tests else [code]
