@@ -1,10 +1,10 @@
-"""The README's table "Checked against": how close each number comes to an oracle.
+"""The table "Checked against" of docs/tests.md: how close each number comes to an oracle.
 
     python tests/parity.py            measure: run tests/test_oracles.py and print the table
-    python tests/parity.py --write    and put it into the README
+    python tests/parity.py --write    and put it into docs/tests.md
 
 The table cannot drift from the tests. A test fails where it measures a number that has no row, or
-one that has grown past its row, and where the README has a row of it that it no longer measures.
+one that has grown past its row, and where the page has a row of it that it no longer measures.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "tests.md"
 TESTS = Path(__file__).parent / "test_oracles.py"
 BEGIN, END = "<!-- parity -->\n", "<!-- /parity -->\n"
 REWRITE = "measure the table again with: python tests/parity.py --write"
@@ -42,7 +42,7 @@ def relative_error(actual, expected):
 
 
 def read_table(text):
-    """The rows between the README's two markers."""
+    """The rows between the page's two markers."""
     table = text.split(BEGIN)[1].split(END)[0]
     return [Row(*(cell.strip().strip("`") for cell in line.strip("|").split("|")))
             for line in table.splitlines()[2:]]
@@ -55,7 +55,7 @@ def table_of(rows):
 
 
 def with_table(text, rows):
-    """The README's text with these rows between its markers."""
+    """The page's text with these rows between its markers."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table_of(rows) + "\n" + END + rest.split(END)[1]
 
@@ -64,10 +64,10 @@ def find_fault(row, error, table):
     """What is wrong with the table, where a test has measured `row` with this error; else None."""
     same = [r for r in table if r._replace(error="") == row._replace(error="")]
     if len(same) != 1:
-        return f"the README has {len(same)} rows {row.quantity!r}, {row.oracle!r}, {row.test}"
+        return f"docs/tests.md has {len(same)} rows {row.quantity!r}, {row.oracle!r}, {row.test}"
     stated = float(same[0].error.split()[0])
     if not error <= 10 * stated + 1e-15:  # another machine rounds a little differently
-        return f"the README states an error of {same[0].error} for {row.quantity!r}: {error:.1e}"
+        return f"docs/tests.md states an error of {same[0].error} for {row.quantity!r}: {error:.1e}"
     return None
 
 
@@ -80,7 +80,7 @@ def find_orphans(test, measured, table):
 
 @pytest.fixture
 def parity(request):
-    """parity(quantity, oracle, actual, expected, tolerance): compare, and hold the README to it.
+    """parity(quantity, oracle, actual, expected, tolerance): compare, and hold the page to it.
 
     actual, expected: tensors, or lists of tensors for a quantity with several cases. Their
     `relative_error` must be within tolerance. With standard_error, a tensor, the error is the
@@ -88,7 +88,7 @@ def parity(request):
     """
     test, failed_before = request.function.__name__, request.session.testsfailed
     recording = getattr(request.config, "parity_rows", None)
-    measured, table = [], read_table(README.read_text()) if recording is None else []
+    measured, table = [], read_table(PAGE.read_text()) if recording is None else []
 
     def check(quantity, oracle, actual, expected, tolerance, standard_error=None):
         if standard_error is None:
@@ -111,11 +111,11 @@ def parity(request):
     elif request.session.testsfailed == failed_before:  # else some rows were not reached
         orphans = find_orphans(test, measured, table)
         if orphans:
-            pytest.fail(f"{test} does not measure the README's {orphans}; {REWRITE}")
+            pytest.fail(f"{test} does not measure docs/tests.md's {orphans}; {REWRITE}")
 
 
 class Recorder:
-    """A plugin of pytest that collects every row, and asks nothing of the README."""
+    """A plugin of pytest that collects every row, and asks nothing of the page."""
 
     def __init__(self):
         self.rows = []
@@ -125,16 +125,16 @@ class Recorder:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure the README's table of oracles.")
-    parser.add_argument("--write", action="store_true", help="put it into the README")
+    parser = argparse.ArgumentParser(description="Measure the table of oracles.")
+    parser.add_argument("--write", action="store_true", help="put it into docs/tests.md")
     args = parser.parse_args(argv)
     recorder = Recorder()
-    # Whether the README's rows are right is not asked while they are measured anew.
-    code = pytest.main([str(TESTS), "-q", "-k", "not readme"], plugins=[recorder])
+    # Whether the page's rows are right is not asked while they are measured anew.
+    code = pytest.main([str(TESTS), "-q", "-k", "not every_row_of_the_page"], plugins=[recorder])
     if code:
         return code  # a table of failing tests would state what does not hold
     if args.write:
-        README.write_text(with_table(README.read_text(), recorder.rows))
+        PAGE.write_text(with_table(PAGE.read_text(), recorder.rows))
     print(table_of(recorder.rows))
     return 0
 

@@ -1,5 +1,5 @@
 """Every number against an oracle: other people's libraries, finite differences, enumeration of all
-that can happen, closed forms. The README's table "Checked against" is measured here.
+that can happen, closed forms. The table "Checked against" of docs/tests.md is measured here.
 
 The error is max |a - b| / max |b| everywhere. Float64 has to come within 1e-9, float32 within 1e-5,
 finite differences within 1e-6.
@@ -34,8 +34,7 @@ from minirlhf.rl import gae, kl_estimate
 from minirlhf.tokenizer import Tokenizer, merge_pair
 from minirlhf.plumbing.optim import lr_at, make_optimizer
 from minirlhf.plumbing.runs import load_function
-from parity import (README, Row, find_fault, find_orphans, read_table, relative_error,
-                    with_table)
+from parity import PAGE, Row, find_fault, find_orphans, read_table, relative_error, with_table
 from parity import parity  # noqa: F401  (a fixture: tests ask for it by its name)
 
 EXACT, SINGLE, FINITE = 1e-9, 1e-5, 1e-6  # float64, float32, finite differences
@@ -663,8 +662,8 @@ def test_a_table_that_is_stale_in_either_direction_is_found():
     assert find_orphans("test_other", [], [row, other]) == []
 
 
-def test_every_row_of_the_readme_belongs_to_a_test():
+def test_every_row_of_the_page_belongs_to_a_test():
     """The `parity` that a row's test asks for refuses rows that it does not measure."""
-    for row in read_table(README.read_text()):
-        assert row.test in globals(), f"the README's {row} belongs to no test of this file"
+    for row in read_table(PAGE.read_text()):
+        assert row.test in globals(), f"docs/tests.md's {row} belongs to no test of this file"
         assert "parity" in inspect.signature(globals()[row.test]).parameters, row
