@@ -1,4 +1,7 @@
-"""A corner of the toy world, and models of 97,000 parameters that learn it within seconds.
+"""A corner of the toy world, and models of 107,840 parameters that learn it within seconds.
+
+(`num_parameters` counts them: the embedding is also the unembedding and counts once. A reward model
+or a critic has a head of 64 weights and a bias in place of the unembedding: 65 more, 107,905.)
 
 The notebooks train their models with this file, so that what they print never depends on what lies
 in `out/`. Only two skills are left of the world in `data/toy`: the sounds of animals, and deeds that
@@ -39,9 +42,10 @@ import train_sft  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
 from minirlhf.plumbing.files import write_jsonl  # noqa: E402
 from minirlhf.plumbing.formats import read_samples  # noqa: E402
-from minirlhf.plumbing.runs import Run  # noqa: E402
+from minirlhf.plumbing.stats import bootstrap, wilson  # noqa: E402
 
-Run.draw = lambda run: None  # the notebooks draw for themselves
+for script in (train_dpo, train_ppo, train_pretrain, train_rm, train_sft):
+    script.draw_curves = lambda folder: None  # the notebooks draw for themselves
 JUDGE = f"{ROOT / 'data' / 'toy' / 'judge.py'}:judge"
 MODEL = dict(n_layer=2, n_head=4, n_embd=64, n_hidden=128, block_size=64)
 SKILLS = {"sound": 60, "unsafe": 40}
@@ -163,3 +167,26 @@ def answers(folder, model, rows=None, temperature=1.0, seed=0, num_samples=1):
 def mean(verdicts, part="score"):
     """The mean of one part of the verdicts, the whole gold score by default."""
     return sum(float(verdict[part]) for verdict in verdicts) / len(verdicts)
+
+
+def per_prompt(verdicts, part="score", num_samples=1):
+    """The mean of one part over the `num_samples` verdicts of each prompt: one number per prompt."""
+    return [mean(verdicts[i : i + num_samples], part)
+            for i in range(0, len(verdicts), num_samples)]
+
+
+def with_interval(values, form=".2f"):
+    """The mean of one value per prompt and its 95% interval, as text: "0.36 [0.27, 0.45]".
+
+    Wilson's interval where all values are 0 or 1, else the bootstrap's. It speaks of other prompts
+    of this kind; how a model trained with another seed would do, it cannot know.
+    """
+    values = [float(value) for value in values]
+    share = set(values) <= {0.0, 1.0}
+    low, high = wilson(sum(values), len(values)) if share else bootstrap(values)
+    return f"{sum(values) / len(values):{form}} [{low:{form}}, {high:{form}}]"
+
+
+def num_parameters(model):
+    """How many numbers a model has; a matrix with two jobs (tied) counts once."""
+    return sum(p.numel() for p in model.parameters())

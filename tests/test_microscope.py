@@ -214,13 +214,13 @@ def test_a_run_without_a_ledger_and_a_ledger_of_another_kind_are_refused(copied,
         microscope.run_data(copied)
     shutil.rmtree(copied / "ledger")
     with pytest.raises(SystemExit) as stopped:
-        ledger.main([str(copied), "--html"])
+        microscope.main([str(copied)])
     assert stopped.value.code == 2 and "holds no ledger" in capsys.readouterr().err
     assert not (copied / "microscope.html").exists()
 
 
 def test_the_command_writes_the_page_and_says_where(copied, capsys):
-    ledger.main([str(copied), "--html"])
+    microscope.main([str(copied)])
     path = copied / "microscope.html"
     assert capsys.readouterr().out == f"written: {path}\n"
     assert path.read_bytes() == microscope.page(microscope.run_data(copied)).encode()

@@ -24,7 +24,7 @@ def test_a_notebooks_form(path):
     """Small cells, outputs stored, a size for the web, no path of the machine that ran it."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert path.stat().st_size < 500_000 and 20 <= len(code) <= 45
+    assert path.stat().st_size < 500_000 and 20 <= len(code) <= 48
     for cell in code:
         lines = cell.source.splitlines()
         assert len(lines) <= 25 and max(map(len, lines)) <= 80, cell.source

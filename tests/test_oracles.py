@@ -24,6 +24,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from tiny_road import ppo_loss
 from conftest import FLAVOURS, awake_gpt, tiny_config, wake
 from minirlhf.batches import pad_right, response_mask, shifted_mask
 from minirlhf.generate import Rollout, generate
@@ -209,7 +210,7 @@ def test_sft_loss_and_gradients_equal_transformers(parity, generator):
     labels[:, 1:][mask] = tokens[:, 1:][mask]
     actual, expected = [], []
     for ours in gpt2_models() + llama_models():
-        loss = train_sft.loss_of(ours, tokens, mask)
+        loss = train_sft.loss_of(ours, {"tokens": tokens, "mask": mask}, None)[0] / mask.sum()
         loss.backward()
         with Float64():
             theirs = twin(ours)
@@ -349,20 +350,21 @@ def random_rows(generator, lengths):
 
 def test_sft_gradient_equals_differences(parity, generator):
     model = awake_gpt()
-    tokens, mask = train_sft.make_batch(random_rows(generator, (12, 7, 9)), RUN.device)
+    batch = train_sft.make_batch(random_rows(generator, (12, 7, 9)), RUN.device)
     parity("SFT loss through a model, 20 directions", "central differences",
-           *along_random_directions(lambda: train_sft.loss_of(model, tokens, mask), model,
+           *along_random_directions(lambda: train_sft.loss_of(model, batch, None)[0] / 12, model,
                                     generator), FINITE)
 
 
 def test_reward_model_gradient_equals_differences(parity, generator):
-    model = wake(ScalarModel(tiny_config()).double())
+    model, cfg = wake(ScalarModel(tiny_config()).double()), train_rm.Config(margin=1.5)
     ids = [ids for ids, _ in random_rows(generator, (12, 7, 9, 5, 8))]
     batch = train_rm.make_batch(
-        [{"ids": ids[:3], "ranks": [0, 1, 1], "grades": [[0, 3, 1], [0, 0, 0], [0, 0, 0]]},
-         {"ids": ids[3:], "ranks": [1, 0], "grades": None}], 1.5, RUN.device)
+        [{"ids": ids[:3], "ranks": [0, 1, 1], "grades": [[0, 3, 1], [0, 0, 0], [0, 0, 0]],
+          "prompt_len": 3},
+         {"ids": ids[3:], "ranks": [1, 0], "grades": None, "prompt_len": 3}], RUN.device)
     parity("reward-model loss through a model, 20 directions", "central differences",
-           *along_random_directions(lambda: train_rm.loss_of(model, batch).mean(), model,
+           *along_random_directions(lambda: train_rm.loss_of(model, batch, cfg)[0].mean(), model,
                                     generator), FINITE)
 
 
@@ -381,7 +383,7 @@ def test_ppo_gradients_equal_differences(parity, generator):
                     p += size * draw(generator, *p.shape)
         assert 0 < rollout["ended"].sum() < 4
         count = rollout["response_mask"].sum()
-        loss = lambda: train_ppo.minibatch_loss(actor, rollout, [0, 1, 2, 3], count, cfg, run)
+        loss = lambda: ppo_loss(actor, rollout, [0, 1, 2, 3], count, run, cfg)
         assert all(0.1 < loss()[1][name] < 0.9 for name in ("clip_frac", "value_clip_frac"))
         # The critic shares nothing with the policy, so each loss has its own model's parameters.
         for name, model in (("policy", policy), ("value", critic)):
@@ -394,8 +396,9 @@ def test_dpo_gradient_equals_differences(parity, generator):
     rows = random_rows(generator, (12, 7, 9, 9, 10, 8))
     pairs = [{"chosen": rows[i], "rejected": rows[i + 3], "ref_chosen_logp": -9.0 + i,
               "ref_rejected_logp": -8.0} for i in range(3)]
+    batch = train_dpo.make_batch(pairs, RUN.device)
     parity("DPO loss through a model, 20 directions", "central differences",
-           *along_random_directions(lambda: train_dpo.loss_of(model, pairs, cfg, RUN)[0].mean(),
+           *along_random_directions(lambda: train_dpo.loss_of(model, batch, cfg)[0].mean(),
                                     model, generator), FINITE)
 
 
@@ -471,7 +474,7 @@ class Enumerated:
     def minibatch_loss(self, i):
         """PPO's loss of response i by itself, on a constant denominator."""
         with Float64():
-            return train_ppo.minibatch_loss(self.actor, self.rollout, [i], 1, self.cfg, RUN)[0]
+            return ppo_loss(self.actor, self.rollout, [i], 1, RUN, self.cfg)[0]
 
 
 ALL_RESPONSES = "enumeration of all 85 responses"

@@ -25,6 +25,7 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
+from tiny_road import ppo_loss
 from conftest import FLAVOURS, awake_gpt, tiny_config, wake
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -339,24 +340,25 @@ def loss_of(stage, examples, rows=None, pad=pad_right, generator=None, flavour="
     losses, stats = None, {}
     if stage == "sft":
         with mock.patch.object(train_sft, "pad_right", pad):
-            tensors = train_sft.make_batch(part, "cpu")
-        loss = train_sft.loss_of(model, *tensors, sum(sum(mask) for _, mask in examples))
+            batch = train_sft.make_batch(part, "cpu")
+        loss = train_sft.loss_of(model, batch, None)[0] / sum(sum(mask) for _, mask in examples)
     elif stage == "rm":
         with mock.patch.object(train_rm, "pad_right", pad):
-            tensors = train_rm.make_batch(part, 0.7, "cpu")
-        losses = train_rm.loss_of(model, tensors)
+            batch = train_rm.make_batch(part, "cpu")
+        losses, _ = train_rm.loss_of(model, batch, train_rm.Config(margin=0.7))
     elif stage == "dpo":
         with mock.patch.object(train_dpo, "pad_right", pad):
-            losses, stats = train_dpo.loss_of(model, part, train_dpo.Config(), RUN)
+            batch = train_dpo.make_batch(part, "cpu")
+        losses, stats = train_dpo.loss_of(model, batch, train_dpo.Config())
         stats = {name: values.sum() for name, values in stats.items()}
     else:
         rollout = make_rollout(examples, pad, generator)
         cfg = train_ppo.Config(temperature=50.0, share_critic=stage == "ppo shared")
         # PPO rounds its logits to float32. In float64, rounding can't be what a gap is put down to.
         with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-            loss, stats = train_ppo.minibatch_loss(
+            loss, stats = ppo_loss(
                 model, rollout, list(range(len(examples)) if rows is None else rows),
-                rollout["response_mask"].sum(), cfg, RUN)
+                rollout["response_mask"].sum(), RUN, cfg)
     if losses is not None:
         loss = losses.sum() / len(examples)
     gradient = joined(torch.autograd.grad(loss, list(model.parameters())))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_road import (CHAT, LONG, PROMPTS, RANKED, SCRIPTS, TWINS, Scaler, answers_of, backward,
                        begin, chat, collect, dpo_oracle, finite, head_of, logprobs_of, loss_of,
-                       poison, polite, ranked_loss, refill, results, rude, scored, sequences, start,
-                       template, watch, watched_steps, without_clock, write_rows)
+                       poison, polite, ppo_loss, ranked_loss, refill, results, rude, scored, sequences,
+                       start, template, watch, watched_steps, without_clock, write_rows)
 
 import evaluate
 import sample
@@ -246,7 +246,7 @@ def test_check_03_an_evaluation_is_without_dropout_and_gives_the_mode_back(stage
                                                                           dropouts):
     if stage == "pretrain":
         run = start_run(road.config(stage, tmp_path / stage), {})
-        rows = torch.tensor(road.tokenizer.encode(road.text.read_text()))
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text())[: 32 * 64]).view(32, 64)
     else:
         _, rows, run = start(stage, road, tmp_path)
     plain, dropout = (road.folder / "rm", dropouts["reward_model"]) if stage == "rm" else (
@@ -279,7 +279,7 @@ def test_check_06_sft_and_dpo_add_up_the_log_probs_of_the_answers_tokens(road, t
             if trained]
     close(loss_of("sft", model, rows, run), torch.stack(nats).mean())
     model, pairs, run = start("dpo", road, tmp_path)
-    logps = train_dpo.pair_logps(model, *train_dpo.make_batch(pairs, run.device))
+    logps = train_dpo.pair_logps(model, train_dpo.make_batch(pairs, run.device))
     reference = run.model("init")
     for name, mine in zip(("chosen", "rejected"), logps):
         for pair, logp in zip(pairs, mine):
@@ -347,10 +347,8 @@ def test_check_08_every_stage_trains_the_end_token(stage, road, tmp_path):
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_check_11_an_evaluation_weighs_prompts_or_pairs_alike(stage, road, tmp_path, float64):
     model, rows, run = start(stage, road, tmp_path)
-    if stage == "rm":
-        alone = [train_rm.loss_of(model, train_rm.make_batch([row], 0.0, "cpu")) for row in rows]
-    else:
-        alone = [train_dpo.loss_of(model, [row], run.cfg, run)[0] for row in rows]
+    script = SCRIPTS[stage]
+    alone = [script.loss_of(model, script.make_batch([row], "cpu"), run.cfg)[0] for row in rows]
     for micro in (0, 1, 3):
         cfg = dataclasses.replace(run.cfg, micro_batch_size=micro)
         found = SCRIPTS[stage].evaluate(model, rows, cfg, run)["val_loss"]
@@ -365,7 +363,7 @@ def test_check_11_a_batch_without_any_token_to_train_raises(road, tmp_path):
     actor, rollout, run = start("ppo", road, tmp_path)
     empty = {**rollout, "response_mask": torch.zeros_like(rollout["response_mask"])}
     with pytest.raises(ValueError, match="empty mask"):
-        train_ppo.minibatch_loss(actor, empty, [0, 1], 5, run.cfg, run)
+        ppo_loss(actor, empty, [0, 1], 5, run)
     with pytest.raises(ValueError, match="empty mask"):
         train_ppo.summarise(empty, 0.1)
 
@@ -584,18 +582,19 @@ def test_check_26_log_probs_of_very_sure_models_equal_float64(stage, road, tmp_p
     with torch.no_grad():
         examples = train_sft.encode(train_sft.read_demonstrations(run.cfg.data), run.tokenizer, 64,
                                     run.cfg)[:4]
-        tokens, mask = train_sft.make_batch(examples, "cpu")
+        batch = train_sft.make_batch(examples, "cpu")
+        tokens, mask = batch["tokens"], batch["mask"]
         logits = (50 * real(tokens)).requires_grad_()  # float32, hundreds apart
     model = lambda idx: logits
     exact = logits.detach().double()[:, :-1].log_softmax(-1).gather(
         2, tokens[:, 1:, None]).squeeze(2)  # (B, T-1)
     assert exact.min() < -150
     if stage == "pretrain":
-        result, expected = train_pretrain.loss_of(model, tokens), -exact.mean()
+        result, expected = train_pretrain.loss_of(model, batch, None)[0], -exact.sum()
     elif stage == "sft":
-        result, expected = train_sft.loss_of(model, tokens, mask), -exact[mask].mean()
+        result, expected = train_sft.loss_of(model, batch, None)[0], -exact[mask].sum()
     else:
-        result = torch.cat(train_dpo.pair_logps(model, tokens, mask))
+        result = torch.cat(train_dpo.pair_logps(model, batch))
         expected = torch.where(mask, exact, 0.0).sum(1)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
     result.sum().backward()
@@ -624,7 +623,7 @@ def without_evaluation(script, stage, monkeypatch):
     held_out = []
     monkeypatch.setattr(Run, "preflight", lambda *rest: None)
     monkeypatch.setattr(script, "evaluate", lambda model, examples, *rest:
-                        held_out.extend(examples) or (0.0 if stage == "sft" else {}))
+                        held_out.extend(examples) or {})
     if stage == "rm":
         monkeypatch.setattr(script, "measure_scores", lambda *rest: (torch.zeros(()),) * 2)
     if stage == "dpo":
@@ -691,9 +690,9 @@ def test_check_33_compared_answers_keep_the_same_end_of_their_prompt(stage, road
             assert [example["chosen"][0], example["rejected"][0]] == expected
             for side, ids in zip(("chosen", "rejected"), expected):
                 assert example[side][1] == [k >= start - over for k in range(len(ids))]
-            tokens, shifted = train_dpo.make_batch([example], "cpu")
+            batch = train_dpo.make_batch([example], "cpu")
             for k in range(2):
-                assert tokens[k, 1:][shifted[k]].tolist() == expected[k][start - over :]
+                assert batch["tokens"][k, 1:][batch["mask"][k]].tolist() == expected[k][start - over :]
 
 
 GIANT = "moo, " * 40  # an answer that no cut of its prompt makes fit
@@ -777,25 +776,27 @@ def sft_setting(road, tmp_path):
     model = run.model("init")
     examples = train_sft.encode(train_sft.read_demonstrations(run.cfg.data), run.tokenizer, 64,
                                 run.cfg)[:8]
-    tokens, mask = train_sft.make_batch(examples, "cpu")
+    batch = train_sft.make_batch(examples, "cpu")
+    tokens, mask = batch["tokens"], batch["mask"]
     wish = lambda: model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[
         ..., 0][mask].mean()
-    return model, lambda: train_sft.loss_of(model, tokens, mask), {"loss": wish}
+    return model, lambda: train_sft.loss_of(model, batch, run.cfg)[0] / mask.sum(), {"loss": wish}
 
 
 def pretrain_setting(road, tmp_path):
     model, tokens = begin("sft", road, tmp_path).model("init"), torch.arange(40).view(4, 10) % 26
     wish = lambda: model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).mean()
-    return model, lambda: train_pretrain.loss_of(model, tokens), {"loss": wish}
+    loss = lambda: train_pretrain.loss_of(model, {"tokens": tokens}, None)[0] / (4 * 9)
+    return model, loss, {"loss": wish}
 
 
 def rm_setting(road, tmp_path):
     run = begin("rm", road, tmp_path, data=write_rows(tmp_path / "ranked.jsonl", RANKED))
     rows = train_rm.read_preferences(run.cfg.data)
-    batch = train_rm.make_batch(train_rm.encode(rows, run.tokenizer, 64, run.cfg), 0.0, "cpu")
+    batch = train_rm.make_batch(train_rm.encode(rows, run.tokenizer, 64, run.cfg), "cpu")
     model, score = scored(road.folder / "rm")
     wish = lambda: -torch.tensor([ranked_loss(row, score, run.tokenizer) for row in rows]).mean()
-    return model, lambda: train_rm.loss_of(model, batch), {"loss": wish}
+    return model, lambda: train_rm.loss_of(model, batch, run.cfg)[0], {"loss": wish}
 
 
 def dpo_setting(road, tmp_path):
@@ -812,7 +813,8 @@ def dpo_setting(road, tmp_path):
                 for pair in pairs]
         return -torch.tensor(nats).mean()
 
-    return model, lambda: train_dpo.loss_of(model, pairs, run.cfg, run)[0], {"loss": wish}
+    batch = train_dpo.make_batch(pairs, "cpu")
+    return model, lambda: train_dpo.loss_of(model, batch, run.cfg)[0], {"loss": wish}
 
 
 def ppo_setting(road, tmp_path):
@@ -820,8 +822,7 @@ def ppo_setting(road, tmp_path):
     mask, tokens = rollout["response_mask"], rollout["tokens"]
 
     def loss():
-        total, stats = train_ppo.minibatch_loss(actor, rollout, list(range(16)), mask.sum(), cfg,
-                                                run)
+        total, stats = ppo_loss(actor, rollout, list(range(16)), mask.sum(), run)
         close(total.detach(), stats["policy_loss"] + stats["value_loss"], rtol=1e-5)
         return total, stats["policy_loss"], stats["value_loss"]
 
@@ -887,8 +888,8 @@ def test_check_37_zeros_a_negated_and_a_detached_loss_fail_each_stages_step(
         stage, name, change, road, tmp_path, monkeypatch):
     original = getattr(SCRIPTS[stage], name)
 
-    def wrong(*arguments):
-        result = original(*arguments)
+    def wrong(*arguments, **options):
+        result = original(*arguments, **options)
         return ((CHANGES[change](result[0]), *result[1:]) if isinstance(result, tuple)
                 else CHANGES[change](result))
 

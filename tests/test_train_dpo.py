@@ -14,6 +14,11 @@ from conftest import close
 from minirlhf.plumbing.runs import frozen, load_model
 
 
+def loss_of_pairs(model, pairs, run):
+    """(losses, statistics) of the script."""
+    return train_dpo.loss_of(model, train_dpo.make_batch(pairs, "cpu"), run.cfg)
+
+
 def test_check_19_dpos_reference_is_another_model_than_the_one_that_learns(road, tmp_path,
                                                                            monkeypatch):
     """Bug: one model in both roles."""
@@ -48,7 +53,7 @@ def test_check_25_dpo_sums_log_probs_and_its_rewards_carry_beta(smoothing, road,
     reference, policy = frozen(run.model("init")), nudge(run.model("init"))
     pairs = train_dpo.encode(rows, run.tokenizer, 64, run.cfg)[:10]
     train_dpo.add_reference(reference, pairs, run.cfg, run)
-    losses, stats = train_dpo.loss_of(policy, pairs, run.cfg, run)
+    losses, stats = loss_of_pairs(policy, pairs, run)
     k = 0
     for row in rows[:6]:
         ids, start = answers_of(row, run.tokenizer)
@@ -109,11 +114,11 @@ def test_check_26_dpo_is_finite_and_learns_at_margins_of_100(margin, road, tmp_p
     model = run.model("init")
     pairs = train_dpo.encode(train_dpo.read_preferences(run.cfg.data), run.tokenizer, 64,
                              run.cfg)[:2]
-    chosen, rejected = train_dpo.pair_logps(model, *train_dpo.make_batch(pairs, "cpu"))
+    chosen, rejected = train_dpo.pair_logps(model, train_dpo.make_batch(pairs, "cpu"))
     for k, pair in enumerate(pairs):
         pair["ref_chosen_logp"] = chosen[k].item() - margin / run.cfg.beta
         pair["ref_rejected_logp"] = rejected[k].item()
-    losses, _ = train_dpo.loss_of(model, pairs, run.cfg, run)
+    losses, _ = loss_of_pairs(model, pairs, run)
     parameters = list(model.parameters())
     slopes = torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), parameters)])
     if margin > 0:
@@ -190,12 +195,12 @@ def test_check_29_dpo_takes_a_log_prob_of_zero_for_a_number_and_a_margin_of_zero
                              run.cfg)[:2]
     for pair in pairs:
         pair["ref_chosen_logp"] = pair["ref_rejected_logp"] = 0.0
-    _, stats = train_dpo.loss_of(model, pairs, run.cfg, run)
+    _, stats = loss_of_pairs(model, pairs, run)
     close(stats["chosen_reward"], 0.5 * stats["chosen_logp"], rtol=1e-6)
     for k, pair in enumerate(pairs):
         pair["ref_chosen_logp"], pair["ref_rejected_logp"] = (
             stats[name][k].item() for name in ("chosen_logp", "rejected_logp"))
-    _, stats = train_dpo.loss_of(model, pairs, run.cfg, run)
+    _, stats = loss_of_pairs(model, pairs, run)
     assert stats["margin"].tolist() == [0, 0] and stats["accuracy"].tolist() == [0.5, 0.5]
 
 
@@ -205,11 +210,11 @@ def test_check_33_dpo_uses_the_stored_reference(road, tmp_path, double):
     pairs = train_dpo.encode(train_dpo.read_preferences(run.cfg.data), run.tokenizer, 64,
                              run.cfg)[:6]
     train_dpo.add_reference(frozen(copy.deepcopy(model)), pairs, run.cfg, run)
-    _, stats = train_dpo.loss_of(model, pairs, run.cfg, run)
+    _, stats = loss_of_pairs(model, pairs, run)
     for k, pair in enumerate(pairs):
         pair["ref_chosen_logp"] -= 2.0 + k
         pair["ref_rejected_logp"] -= 1.0
-    _, shifted = train_dpo.loss_of(model, pairs, run.cfg, run)
+    _, shifted = loss_of_pairs(model, pairs, run)
     close(shifted["chosen_reward"] - stats["chosen_reward"], 1 + 0.5 * torch.arange(6))
     close(shifted["rejected_reward"] - stats["rejected_reward"], [0.5] * 6)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_road import (LONG, PROMPTS, Scaler, chat, collect, digest, logprobs_of, nudge, places,
-                       poison, refill, results, sample_apart, scores_alone, sequences, start, watch,
-                       watched_steps, without_clock, write_rows)
+                       poison, ppo_loss, refill, results, sample_apart, scores_alone, sequences,
+                       start, watch, watched_steps, without_clock, write_rows)
 
 import train_ppo
 from conftest import (END, PROMPT, RESPONSES, TEMPERATURE, close, gradients, policy_and_reference,
@@ -36,7 +36,7 @@ def test_check_01_a_response_alone_gives_the_loss_that_it_gives_beside_longer_on
     together = results("ppo", actor, rollout, run)[1:]
     count = rollout["response_mask"].sum()
     actor.zero_grad()
-    parts = [train_ppo.minibatch_loss(actor, rollout, [row], count, run.cfg, run)[0]
+    parts = [ppo_loss(actor, rollout, [row], count, run)[0]
              for row in range(16)]
     sum(parts).backward()
     for a, b in zip([sum(parts), *[p.grad for p in actor.parameters()]], together):
@@ -137,8 +137,7 @@ def test_check_04_the_first_minibatchs_ratio_is_exactly_1(options, road, tmp_pat
     calls = watch(monkeypatch, train_ppo, "ppo_policy_loss")
     actor, rollout, run = start("ppo", road, tmp_path, **options)
     everything = list(range(16))
-    stats = train_ppo.minibatch_loss(actor, rollout, everything, rollout["response_mask"].sum(),
-                                     run.cfg, run)[1]
+    stats = ppo_loss(actor, rollout, everything, rollout["response_mask"].sum(), run)[1]
     [(new, old)] = new_and_old(calls)
     assert torch.equal(new, old)  # the same shape on CPU: to the bit
     assert stats["approx_kl"] == 0 and stats["clip_frac"] == 0
@@ -222,7 +221,7 @@ def test_check_06_an_updates_log_probs_and_values_equal_a_loop(road, tmp_path, f
         for p in actor.parameters():  # both have moved since the rollout
             p.mul_(1.01)
     rows = [3, 1]
-    train_ppo.minibatch_loss(actor, rollout, rows, 1, run.cfg, run)
+    ppo_loss(actor, rollout, rows, 1, run)
     ids = [sequences("ppo", rollout)[row] for row in rows]
     starts = rollout["prompt_lens"][rows].tolist()
     seen = new_and_old(policy_calls + value_calls)
@@ -478,7 +477,7 @@ def test_check_16_a_minibatch_takes_its_advantages_as_they_are(road, tmp_path):
     for rows in ([0, 1, 2], [7], list(range(16))):
         expected = [a for b in rows for a in white[b]]
         denominator = torch.tensor(len(expected))
-        _, stats = train_ppo.minibatch_loss(actor, rollout, rows, denominator, cfg, run)
+        _, stats = ppo_loss(actor, rollout, rows, denominator, run)
         close(stats["policy_loss"], -sum(expected) / len(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -530,8 +529,7 @@ def test_check_18_ppo_charges_the_kl_in_the_reward_and_never_as_a_loss(road, tmp
     rollout, actor, _, _, cfg, run = collect(road, tmp_path)
     assert not any(tensor.requires_grad for tensor in rollout.values())
     rollout["whitened_advantages"] = torch.zeros_like(rollout["advantages"])
-    loss, _ = train_ppo.minibatch_loss(actor, rollout, list(range(16)),
-                                       rollout["response_mask"].sum(), cfg, run)
+    loss, _ = ppo_loss(actor, rollout, list(range(16)), rollout["response_mask"].sum(), run)
     assert rollout["kl"].abs().sum() > 1 and cfg.beta > 0
     assert all((g == 0).all() for g in gradients(loss, actor.policy))
 
@@ -662,8 +660,7 @@ def test_check_20_the_value_loss_equals_a_loop_over_tokens(share_critic, road, t
     rollout, actor, cfg, run = moved(road, tmp_path, share_critic)
     rollout["whitened_advantages"] = torch.zeros_like(rollout["advantages"])  # the value loss alone
     slow, _ = slow_losses(actor, rollout, range(16), cfg)
-    loss, stats = train_ppo.minibatch_loss(actor, rollout, list(range(16)),
-                                           rollout["response_mask"].sum(), cfg, run)
+    loss, stats = ppo_loss(actor, rollout, list(range(16)), rollout["response_mask"].sum(), run)
     close(stats["value_loss"], slow["value_loss"].item())
     # A critic with a trunk and an optimizer of its own needs no weight.
     weighted = (cfg.vf_coef if share_critic else 1.0) * slow["value_loss"]
@@ -677,8 +674,7 @@ def test_check_20_every_parameter_of_the_critic_gets_a_gradient(share_critic, ro
     if share_critic:
         actor = shared(actor)
     rollout["whitened_advantages"] = torch.zeros_like(rollout["advantages"])  # the value loss alone
-    loss, _ = train_ppo.minibatch_loss(actor, rollout, list(range(16)),
-                                       rollout["response_mask"].sum(), cfg, run)
+    loss, _ = ppo_loss(actor, rollout, list(range(16)), rollout["response_mask"].sum(), run)
     learns = [actor.policy.trunk, actor.value_head] if share_critic else [actor.critic]
     for part in learns:
         assert all((g != 0).any() for g in gradients(loss, part))
@@ -768,9 +764,9 @@ def test_check_21_the_early_stop_looks_at_each_minibatch_by_itself(road, tmp_pat
     def collect_and_update(stop_kl):
         rollout, actor, _, _, cfg, run = collect(road, tmp_path, minibatch_size=4, num_epochs=1,
                                                  micro_batch_size=0, stop_kl=stop_kl)
-        seen, loss = [], train_ppo.minibatch_loss
+        seen, loss = [], train_ppo.loss_of
         with monkeypatch.context() as patched:
-            patched.setattr(train_ppo, "minibatch_loss",
+            patched.setattr(train_ppo, "loss_of",
                             lambda *args: seen.append(loss(*args)) or seen[-1])
             stats, steps = update(actor, optimizers_of(actor, 1e-3), rollout, cfg, run)
         return stats, [part for _, part in seen], len(steps)
@@ -793,9 +789,9 @@ def test_check_23_every_minibatch_is_divided_by_its_own_number_of_tokens(
     of the micro-batches' means."""
     rollout, actor, cfg, run = moved(road, tmp_path, share_critic, minibatch_size=10, grad_clip=1e9,
                                      micro_batch_size=4, num_epochs=1)
-    calls, loss = [], train_ppo.minibatch_loss
-    monkeypatch.setattr(train_ppo, "minibatch_loss", lambda actor, rollout, rows, *rest:
-                        calls.append(rows) or loss(actor, rollout, rows, *rest))
+    calls, make_batch = [], train_ppo.make_batch
+    monkeypatch.setattr(train_ppo, "make_batch", lambda rollout, rows:
+                        calls.append(rows) or make_batch(rollout, rows))
     optimizers = optimizers_of(actor, 0.0)
     stats, steps = update(actor, optimizers, rollout, cfg, run)
     assert [len(rows) for rows in calls] == [4, 4, 2, 4, 2]  # minibatches of 10 and of 6
@@ -829,8 +825,7 @@ def test_check_24_a_minibatchs_loss_equals_a_loop_over_its_tokens(share_critic, 
     # A good and a bad token; its ratio below, within and above the range: all six happen.
     assert len(cases) == 6
     assert 0 < slow["value_clip_frac"] < 1
-    loss, stats = train_ppo.minibatch_loss(actor, rollout, rows, rollout["response_mask"].sum(),
-                                           cfg, run)
+    loss, stats = ppo_loss(actor, rollout, rows, rollout["response_mask"].sum(), run)
     assert stats["clip_frac"].item() == pytest.approx(  # the clipped side goes with the sign
         (cases[True, 1] + cases[False, -1]) / sum(cases.values()), rel=1e-6)
     assert set(stats) == set(slow)
@@ -1027,8 +1022,8 @@ def test_check_31_an_updates_statistics_leave_the_filler_out(road, tmp_path):
             count += 1
     assert 0.05 < sums["clip_frac"] / count < 0.95 and 0.05 < sums["value_clip_frac"] / count < 0.95
     for one in (rollout, spoilt(rollout, 0), spoilt(rollout, 5)):
-        _, stats = train_ppo.minibatch_loss(actor, one, list(range(16)), count, cfg, run)
-        parts = [train_ppo.minibatch_loss(actor, one, rows, count, cfg, run)[1]
+        _, stats = ppo_loss(actor, one, list(range(16)), count, run)
+        parts = [ppo_loss(actor, one, rows, count, run)[1]
                  for rows in ([3, 0, 15], [i for i in range(16) if i not in (0, 3, 15)])]
         assert set(stats) == set(sums)
         for name, total in sums.items():
@@ -1047,7 +1042,7 @@ def test_check_31_an_iterations_statistics_are_its_minibatches_means(road, tmp_p
                    for rows in torch.randperm(16, generator=order).split(8)]
     counts = [rollout["response_mask"][rows].sum() for rows in minibatches]
     assert len(set(map(int, counts))) > 1
-    expected = [train_ppo.minibatch_loss(actor, rollout, rows, count, cfg, run)[1]
+    expected = [ppo_loss(actor, rollout, rows, count, run)[1]
                 for rows, count in zip(minibatches, counts)]
     optimizers = [make_optimizer(part, 0.0) for part in (actor.policy, actor.critic)]
     stats = train_ppo.ppo_update(actor, optimizers, rollout, cfg, run,
@@ -1070,18 +1065,18 @@ def test_check_32_every_response_is_used_exactly_once_an_epoch(minibatch_size, m
     """
     rollout, actor, _, _, cfg, run = collect(road, tmp_path, minibatch_size=minibatch_size,
                                              micro_batch_size=micro, num_epochs=3, stop_kl=0.0)
-    losses = watch(monkeypatch, train_ppo, "minibatch_loss")
+    batches = watch(monkeypatch, train_ppo, "make_batch")
     steps = watch(monkeypatch, run.scaler, "step")
     optimizers = [make_optimizer(part, 0.0) for part in (actor.policy, actor.critic)]
     train_ppo.ppo_update(actor, optimizers, rollout, cfg, run, torch.Generator().manual_seed(0))
-    flat = [row for (_, _, rows, *_), _ in losses for row in rows]
+    flat = [row for (_, rows), _ in batches for row in rows]
     epochs = [flat[i : i + 16] for i in (0, 16, 32)]
     assert len(flat) == 48 and all(sorted(epoch) == list(range(16)) for epoch in epochs)
     first = [set(epoch[:minibatch_size]) for epoch in epochs]
     assert minibatch_size > 16 or first[0] != first[1] != first[2]  # shuffled anew
     # One step of each optimizer for each minibatch, the last smaller one among them.
     assert len(steps) == 2 * 3 * math.ceil(16 / minibatch_size)
-    assert all(len(rows) <= (micro or minibatch_size) for (_, _, rows, *_), _ in losses)
+    assert all(len(rows) <= (micro or minibatch_size) for (_, rows), _ in batches)
 
 
 def test_check_32_ppos_prompts_come_once_before_any_comes_again(road, tmp_path, monkeypatch):
@@ -1173,7 +1168,7 @@ def test_check_35_both_models_log_probs_are_those_at_the_sampling_temperature(ro
             expected = logprobs_of(model, ids, columns.start + 1, 0.7)
             close(rollout[name][b, columns], expected, rtol=1e-5, atol=1e-6)
     count = rollout["response_mask"].sum()
-    _, stats = train_ppo.minibatch_loss(actor, rollout, list(range(16)), count, cfg, run)
+    _, stats = ppo_loss(actor, rollout, list(range(16)), count, run)
     assert stats["ratio_mean"] == 1 and stats["approx_kl"] == 0
 
 
@@ -1215,7 +1210,7 @@ def test_check_36_a_rollout_is_scored_on_the_ids_that_were_sampled(road, tmp_pat
         score = reward_model(torch.tensor([rows[b]]))[0, -1].clamp(-5, 5)
         close(rollout["scores"][b], score if b != 1 else torch.tensor(-3.0), rtol=1e-5)
     seen = watch(monkeypatch, actor, "forward")
-    train_ppo.minibatch_loss(actor, rollout, [2, 0, 1], 30, cfg, run)
+    ppo_loss(actor, rollout, [2, 0, 1], 30, run)
     ((tokens,), _), = seen
     for row, b in zip(tokens.tolist(), (2, 0, 1)):
         assert row[: len(rows[b])] == rows[b]
@@ -1247,8 +1242,8 @@ def test_check_38_ppo_raises_the_reward_and_what_people_want(road, tmp_path):
 
 
 def test_stop_kl_ends_an_iterations_epochs(road, tmp_path, monkeypatch):
-    calls, loss = [], train_ppo.minibatch_loss
-    monkeypatch.setattr(train_ppo, "minibatch_loss",
+    calls, loss = [], train_ppo.loss_of
+    monkeypatch.setattr(train_ppo, "loss_of",
                         lambda *a: calls.append(a) or loss(*a))
     road.run("ppo", tmp_path / "a", num_steps=1, num_epochs=4, micro_batch_size=0, stop_kl=1e-9,
              lr=1e-3, dtype="float32")

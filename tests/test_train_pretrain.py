@@ -51,7 +51,7 @@ def test_check_23_pretrainings_held_out_loss_weighs_every_block_alike(generator)
     run = SimpleNamespace(autocast=contextlib.nullcontext, device="cpu")
     for batch_size in (3, 7, 100):
         cfg = SimpleNamespace(batch_size=batch_size, block_size=16)
-        assert train_pretrain.evaluate(model, stream, cfg, run) == pytest.approx(
+        assert train_pretrain.evaluate(model, blocks, cfg, run)["val_loss"] == pytest.approx(
             nats.item(), rel=1e-9)
 
 

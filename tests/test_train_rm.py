@@ -94,7 +94,7 @@ def test_check_26_the_reward_model_is_finite_and_learns_at_gaps_of_100(gap, road
     examples = train_rm.encode(train_rm.read_preferences(run.cfg.data), run.tokenizer, 64, run.cfg)
     scores = torch.tensor([gap, 0.0, 0.0, gap], requires_grad=True)  # right, then wrong
     model = SimpleNamespace(score=lambda tokens, lengths: scores)
-    losses = train_rm.loss_of(model, train_rm.make_batch(examples, 0.0, "cpu"))
+    losses, _ = train_rm.loss_of(model, train_rm.make_batch(examples, "cpu"), run.cfg)
     losses.sum().backward()
     assert 0 <= losses[0] < 1e-30 and losses[1] == gap
     close(scores.grad, [0.0, 0.0, -1.0, 1.0], atol=1e-30)
@@ -129,11 +129,11 @@ def test_check_28_a_prompts_loss_is_the_mean_over_its_strict_pairs(margin, road,
     shuffled ones overfitted; Open-Assistant#933 broke ties by taking the first.
     """
     data = write_rows(tmp_path / "ranked.jsonl", RANKED)
-    run = begin("rm", road, tmp_path, data=data)
+    run = begin("rm", road, tmp_path, data=data, margin=margin)
     rows = train_rm.read_preferences(data)
     examples = train_rm.encode(rows, run.tokenizer, 64, run.cfg)
     model, score = scored(road.folder / "rm")
-    losses = train_rm.loss_of(model, train_rm.make_batch(examples, margin, "cpu"))
+    losses, _ = train_rm.loss_of(model, train_rm.make_batch(examples, "cpu"), run.cfg)
     close(losses, [ranked_loss(row, score, run.tokenizer, margin) for row in rows])
 
 
@@ -143,7 +143,7 @@ def test_check_28_each_answer_is_forwarded_once(road, tmp_path, monkeypatch):
     examples = train_rm.encode(train_rm.read_preferences(data), run.tokenizer, 64, run.cfg)
     model, _ = scored(road.folder / "rm")
     seen = watch(monkeypatch, model.trunk, "forward")
-    train_rm.loss_of(model, train_rm.make_batch(examples, 0.0, "cpu"))
+    train_rm.loss_of(model, train_rm.make_batch(examples, "cpu"), run.cfg)
     answers = [tuple(row) for (tokens,), _ in seen for row in tokens.tolist()]
     assert len(answers) == 4 + 2 + 3 + 2 + 3 == len(set(answers))
 
@@ -199,8 +199,8 @@ def test_check_29_a_grade_of_zero_is_a_grade_and_a_gap_of_zero_half_a_hit(road, 
     result = train_rm.evaluate(ScalarModel(sft.cfg, sft.trunk), examples, run.cfg, run)
     assert result == {"val_loss": pytest.approx(math.log(2), rel=1e-6), "accuracy": 0.5,
                       "grade_0": 0.5, "grade_3": 0.5}
-    margins = train_rm.make_batch(examples, 1.5, "cpu")[4]
-    assert margins.tolist() == [[[0, 0], [0, 0]], [[0, 1.5], [0, 0]]]
+    grades = train_rm.make_batch(examples, "cpu")["grades"]
+    assert grades.tolist() == [[[0, 0], [0, 0]], [[0, 3], [0, 0]]]
 
 
 def test_check_34_the_reward_models_new_head_starts_without_an_opinion(road, tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ def test_check_11_sft_weighs_tokens_alike_in_training_and_in_evaluation(road, tm
     close(loss_of("sft", model, rows, run), tokens)
     for micro in (0, 1, 3):
         cfg = dataclasses.replace(run.cfg, micro_batch_size=micro)
-        assert train_sft.evaluate(model, rows, cfg, run) == pytest.approx(tokens.item(), rel=1e-9)
+        found = train_sft.evaluate(model, rows, cfg, run)["val_loss"]
+        assert found == pytest.approx(tokens.item(), rel=1e-9)
 
 
 def test_check_13_a_dialogue_that_is_cut_trains_whole_answers_only(road, tmp_path):
@@ -60,8 +61,8 @@ def test_check_14_sft_trains_every_assistant_turn_with_its_end_and_nothing_else(
     assert list(zip(ids, mask)) == template(tok, CHAT)
     assert ids.count(tok.begin_id) == 1 and ids.count(tok.end_id) == len(CHAT)
     assert not any(a == b == tok.end_id for a, b in zip(ids, ids[1:]))
-    tokens, trained = train_sft.make_batch([(ids, mask)], "cpu")
-    said = tok.decode(tokens[0, 1:][trained[0]])
+    batch = train_sft.make_batch([(ids, mask)], "cpu")
+    said = tok.decode(batch["tokens"][0, 1:][batch["mask"][0]])
     assert said == "moo<|end|> woof\n<|end|><|end|> is text<|end|>"
 
 
@@ -104,7 +105,7 @@ def test_check_31_the_held_out_loss_of_sft_is_a_mean_over_trained_tokens(micro, 
         ids, start = answers_of({"messages": row["messages"][:-1],
                                  "answers": [row["messages"][-1]["content"]]}, run.tokenizer)
         nats += (-logprobs_of(plain, ids[0], start)).tolist()
-    result = train_sft.evaluate(model.train(), examples, run.cfg, run)
+    result = train_sft.evaluate(model.train(), examples, run.cfg, run)["val_loss"]
     assert result == pytest.approx(sum(nats) / len(nats), rel=1e-9) and model.training
 
 
@@ -133,8 +134,8 @@ def test_check_33_a_cut_dialogue_trains_on_its_last_answer_and_nothing_else(cont
     assert mask == sorted(mask)
     assert short == run.tokenizer.encode_chat(rows[1]["messages"])
     # The mask that the loss uses stands one column to the left.
-    tokens, shifted = train_sft.make_batch([(ids, mask), short], "cpu")
-    for row, m, (ids, mask) in zip(tokens, shifted, ((ids, mask), short)):
+    batch = train_sft.make_batch([(ids, mask), short], "cpu")
+    for row, m, (ids, mask) in zip(batch["tokens"], batch["mask"], ((ids, mask), short)):
         assert row[1:][m].tolist() == [i for i, trained in zip(ids, mask) if trained]
 
 

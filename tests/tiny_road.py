@@ -6,6 +6,7 @@ something to learn within seconds, and every test can run a script's real `main`
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -253,16 +254,23 @@ class Scaler(torch.amp.GradScaler):
 # ---------------------------------------------------------------- a batch of any stage
 
 def loss_of(stage, model, rows, run):
-    """The script's own loss of these rows."""
-    if stage == "sft":
-        return train_sft.loss_of(model, *train_sft.make_batch(rows, run.device))
-    if stage == "rm":
-        return train_rm.loss_of(model, train_rm.make_batch(rows, 1.0, run.device)).mean()
-    if stage == "dpo":
-        return train_dpo.loss_of(model, rows, run.cfg, run)[0].mean()
-    everything = list(range(len(rows["lengths"])))
-    return train_ppo.minibatch_loss(model, rows, everything, rows["response_mask"].sum(), run.cfg,
-                                    run)[0]
+    """The script's own loss of these rows, as one optimizer step would minimise it."""
+    if stage == "ppo":
+        everything = list(range(len(rows["lengths"])))
+        return ppo_loss(model, rows, everything, rows["response_mask"].sum(), run)[0]
+    batch = SCRIPTS[stage].make_batch(rows, run.device)
+    cfg = dataclasses.replace(run.cfg, margin=1.0) if stage == "rm" else run.cfg
+    losses, _ = SCRIPTS[stage].loss_of(model, batch, cfg)
+    return losses.sum() / (batch["mask"].sum() if stage == "sft" else len(rows))
+
+
+def ppo_loss(actor, rollout, rows, denominator, run, cfg=None):
+    """What some rows add to the loss, and to the statistics, of a minibatch with so many tokens."""
+    batch = train_ppo.make_batch(rollout, rows)
+    with run.autocast():
+        losses, stats = train_ppo.loss_of(actor, batch, cfg or run.cfg)
+    share = batch["response_mask"].sum() / denominator
+    return losses.sum() / denominator, {name: value * share for name, value in stats.items()}
 
 
 def sequences(stage, rows):
