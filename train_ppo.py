@@ -138,9 +138,8 @@ def reward_tokens(reference, rollout, beta, cfg, run):
 
 def estimate_advantages(rollout, cfg):
     """Advantage: how much better than the critic expected. Whitened once, over all of it."""
-    mask = rollout["response_mask"]  # (B, T-1)
-    advantages, returns = gae(rollout["rewards"], rollout["values"], mask, cfg.gamma,
-                              cfg.lam)  # (B, T-1), (B, T-1)
+    rewards, values, mask = (rollout[name] for name in ("rewards", "values", "response_mask"))
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (B, T-1), (B, T-1)
     whitened_advantages = masked_whiten(advantages, mask) if cfg.whiten else advantages
     return {"advantages": advantages, "returns": returns,
             "whitened_advantages": whitened_advantages}

@@ -4,8 +4,8 @@ from bugs import Bug
 
 FILE = "train_pretrain.py"
 BUGS = [
-    Bug("loss_of", "blocks[:, 1:]).mean()", "blocks[:, 1:]).mean().detach()", "test_check_37",
+    Bug("loss_of", "-logprobs.sum()", "-logprobs.sum().detach()", "test_check_37",
         "a detached version of the pretraining loss"),
-    Bug("loss_of", "[:, :-1], blocks[:, 1:]", ", blocks", "test_check_38",
+    Bug("loss_of", "[:, :-1], tokens[:, 1:]", ", tokens", "test_check_38",
         "each position is asked for the token it can see"),
 ]

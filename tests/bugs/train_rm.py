@@ -8,7 +8,7 @@ BUGS = [
         "answers that never ended count in the scores' scale"),
     Bug("encode", "k, example[0]", "k, example[0][:-1]", "test_check_12",
         "the reward model reads answers without their end"),
-    Bug("main", "/ len(batch)", "/ cfg.batch_size", "test_check_23",
+    Bug("main", "= len(examples)", "= cfg.batch_size", "test_check_23",
         "the reward model divides the last, smaller batch by the full size"),
     Bug("encode", "tuple(example[0]) in seen", "False", "test_check_27",
         "identical answers stay among the ranked ones"),
@@ -17,7 +17,6 @@ BUGS = [
     Bug("evaluate", 'e["ranks"][i] < e["ranks"][j]', "i < j", "test_check_28",
         "ties count as pairs in the accuracy"),
     Bug("measure_scores", "rollout.tokens, rollout.lengths",
-        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) + "
-        "[run.tokenizer.end_id] for p, r in zip(prompts[start:], rollout.responses())])",
+        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) + [run.tokenizer.end_id] for p, r in zip(prompts[start:], rollout.responses())])",
         "test_check_36", "the scores' scale is measured on text that was encoded again"),
 ]
