@@ -4,6 +4,7 @@ Every case runs a script's real command line: what, where, and how to mend it ha
 message, no traceback, and no run folder may be left behind.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny_road import SCRIPTS, chat, write_rows
 import evaluate
 import sample
 import speedrun
+from minirlhf.model import GPT, ModelConfig, ScalarModel
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.plumbing import runs
 from minirlhf.plumbing.config import command_line
@@ -272,12 +274,15 @@ def test_a_truncated_checkpoint_and_one_of_the_wrong_kind(refused, road, tmp_pat
 
 @pytest.fixture
 def other(road, tmp_path):
-    """A folder with base, SFT and reward model of another vocabulary."""
+    """A folder with an SFT and a reward model, untrained, of another vocabulary."""
     tokenizer = Tokenizer.train(road.text.read_text(), 300)
-    tokenizer.save(tmp_path / "tokenizer.json")
-    road.run("pretrain", tmp_path / "pretrain", tokenizer=str(tmp_path / "tokenizer.json"))
-    road.run("sft", tmp_path / "sft", init=str(tmp_path / "pretrain"), num_epochs=20, lr=3e-3)
-    road.run("rm", tmp_path / "rm", init=str(tmp_path / "sft"), max_new_tokens=40)
+    for stage, kind in (("sft", GPT), ("rm", ScalarModel)):
+        checkpoint = load_checkpoint(road.folder / stage)
+        cfg = ModelConfig(**{**checkpoint["model_config"], "vocab_size": tokenizer.n_vocab})
+        checkpoint.update(model=kind(cfg).state_dict(), model_config=dataclasses.asdict(cfg),
+                          tokenizer=tokenizer.to_dict())
+        (tmp_path / stage).mkdir()
+        torch.save(checkpoint, tmp_path / stage / "ckpt.pt")
     return tmp_path
 
 

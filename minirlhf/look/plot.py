@@ -39,7 +39,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # 
 
 def metrics_of(folder):
     """A run's logged rows; UserError where it has logged none yet."""
-    rows = read_metrics(folder)
+    rows = read_metrics(folder) if Path(folder, "metrics.jsonl").exists() else []
     if not rows:
         raise UserError(f"{folder} holds no metrics; give the folder of a run that has logged a "
                         "step")
