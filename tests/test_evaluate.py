@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,3 +229,22 @@ def test_the_seed_decides_what_is_sampled(road, tmp_path):
         players, _ = evaluate.collect_players(ev.cfg, ev)
         texts.append([s["text"] for [s] in players["sft"]["answers"]])
     assert texts[0] == texts[1] != texts[2]
+
+
+# ---------------------------------------------------------------- which row, which answer
+
+def test_each_answer_is_judged_by_its_own_prompts_row():
+    """Bug: the answers of one prompt are judged by the expectations of the next."""
+    said = lambda text, ended: {"text": text, "ended": ended}
+    ev = SimpleNamespace(rows=[{"id": 0}, {"id": 1}, {"id": 2}],
+                         judge=lambda row, text, ended: {"score": (row["id"], text, ended)})
+    answers = [[said("a", True), said("b", False)], [said("c", True), said("d", True)],
+               [said("e", False), said("f", True)]]
+    found = evaluate.Evaluator.verdicts(ev, {"answers": answers})
+    assert [[v["score"] for v in verdicts] for verdicts in found] == [
+        [(i, s["text"], s["ended"]) for s in samples] for i, samples in enumerate(answers)]
+
+
+def test_without_a_judge_the_reward_is_the_score():
+    found = evaluate.Evaluator.verdicts(SimpleNamespace(judge=None), {"rewards": [[1.5], [-2.0]]})
+    assert found == [[{"score": 1.5}], [{"score": -2.0}]]

@@ -324,3 +324,49 @@ def test_evaluate_compares_tiny_models(road, tmp_path, capsys):
     assert "dpo over sft" in capsys.readouterr().out
     rows = read_samples(tmp_path / "eval" / "dpo_greedy.jsonl")
     assert len(rows) == 40 and (tmp_path / "eval" / "results.json").exists()
+
+
+def test_sample_computes_in_the_type_that_was_asked_for(road, capsys, monkeypatch):
+    """Bug: --dtype is checked and then forgotten."""
+    seen, draw = [], sample.sample_prompts
+    monkeypatch.setattr(sample, "sample_prompts", lambda *args: seen.append(
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))) or draw(*args))
+    for dtype in ("float32", "bfloat16"):
+        sampled(road, capsys, prompt="cow?", dtype=dtype)
+    assert seen[0][0] is False and seen[1] == (True, torch.bfloat16)
+
+
+# ---------------------------------------------------------------- what a step reads
+
+def test_pretraining_draws_its_blocks_from_all_but_the_last_50th_of_the_text(road, tmp_path,
+                                                                            monkeypatch):
+    seen, trained = [], []
+    blocks_of, loss_of = train_pretrain.random_blocks, train_pretrain.loss_of
+    monkeypatch.setattr(train_pretrain, "random_blocks", lambda stream, *args: seen.append(
+        (stream, blocks_of(stream, *args))) or seen[0][1])
+    monkeypatch.setattr(train_pretrain, "loss_of", lambda model, blocks: trained.append(blocks)
+                        or loss_of(model, blocks))
+    road.run("pretrain", tmp_path / "run", num_steps=3, eval_every=3)
+    encode = road.tokenizer.encode
+    whole = [idx for document in road.text.read_text().split("\n\n")
+             for idx in encode(document) + encode("\n\n")]
+    [(stream, starts)] = seen
+    assert stream.tolist() == whole[: int(0.98 * len(whole))]
+    for step in range(3):  # trained[0] only tries out whether the largest batch fits
+        assert trained[1 + step].tolist() == [whole[at : at + 64] for at in starts[step].tolist()]
+    held_out = torch.cat(trained[4:]).flatten().tolist()
+    last = whole[int(0.98 * len(whole)):]
+    assert held_out == last[: len(last) // 64 * 64][: 32 * 64]
+
+
+def test_ppos_learning_rate_falls_once_an_iteration_whatever_the_epochs(road, tmp_path,
+                                                                        monkeypatch):
+    """Bug: a schedule that counts epochs or minibatches is at its end long before the run is."""
+    for num_epochs in (1, 3):
+        seen = []
+        monkeypatch.setattr(train_ppo, "ppo_update", lambda actor, optimizers, *args: seen.append(
+            [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]) or {})
+        road.run("ppo", tmp_path / str(num_epochs), num_steps=4, num_epochs=num_epochs, lr=1e-3,
+                 critic_lr=3e-3, final_lr=0.2)
+        left = [1.0, 0.8, 0.6, 0.4]  # of the way from the peak down to a fifth of it
+        assert seen == [pytest.approx([1e-3 * share] * 2 + [3e-3 * share] * 2) for share in left]
