@@ -1,8 +1,7 @@
 """Which tests execute which lines: the whole suite once under coverage, a test file at a time.
 
 `mutate.py` asks this for each mutant. A line that a subprocess executes counts as executed by the
-test that started it, and what a fixture of a whole module or session executes, by all tests that use
-the fixture. The answers are kept in out/mutate/, and a test file is run again only if it, or any of
+test that started it, and what a fixture of a whole module executes, by all tests that use it. The answers are kept in out/mutate/, and a test file is run again only if it, or any of
 the sources, has changed.
 """
 
@@ -182,14 +181,27 @@ def make_base(root, folder):
     tree = folder / "tree"
     shutil.copytree(root, tree, ignore=shutil.ignore_patterns(
         ".git", "out", "notebooks", "__pycache__", ".hypothesis", ".pytest_cache", "*.png"))
-
-    def walk():
-        sys.path[:0] = [str(tree), str(tree / "tests")]
-        importlib.import_module("tiny_road").Road(folder / "road").walk()
-    fork(walk)
-    files = [f"tests/{name}" for name in test_files(root)]
+    kept = root / f"out/mutate/road_{digest_of_base(tree)[:12]}"
+    if not kept.exists():
+        fork(lambda: walk(tree, kept.with_name("walking")))
+        kept.with_name("walking").rename(kept)
+    shutil.copytree(kept, folder / "road")
+    files = [f"tests/{name}" for name in test_files(tree)]
     fork(lambda: run_pytest(tree, files, chosen={})[0])  # compiles the tests
     return tree
+
+
+def walk(tree, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.path[:0] = [str(tree), str(tree / "tests")]
+    os.chdir(tree)
+    importlib.import_module("tiny_road").Road(folder).walk()
+
+
+def digest_of_base(tree):
+    """Of all that the traces depend on, beside the test files."""
+    return digest(*(tree / name for name in [*sources(tree), "tests/conftest.py",
+                                             "tests/tiny_road.py"]))
 
 
 def test_files(root):
@@ -200,12 +212,11 @@ def test_files(root):
 def traces(root, tree):
     """{test file: its trace}, from the cache where neither it nor the sources have changed."""
     path = root / "out/mutate/traces.json"
-    shared = ["tests/conftest.py", "tests/tiny_road.py"]
-    base = digest(*(root / name for name in sources(root) + shared))
+    base = digest_of_base(tree)
     cache = json.loads(path.read_text()) if path.exists() else {}
     found = cache["files"] if cache.get("base") == base else {}
-    for name in test_files(root):
-        now = digest(root / "tests" / name)
+    for name in test_files(tree):
+        now = digest(tree / "tests" / name)
         if found.get(name, {}).get("digest") != now:
             print(f"which lines does {name} execute?", flush=True)
             entry = fork(lambda: trace(tree, [f"tests/{name}"]))
@@ -214,13 +225,13 @@ def traces(root, tree):
             found[name] = {"digest": now, **entry}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"base": base, "files": found}))
-    return {name: found[name] for name in test_files(root)}
+    return {name: found[name] for name in test_files(tree)}
 
 
 class Covering:
     """Answers which tests execute a mutant's line, the quickest first."""
 
-    def __init__(self, root, found):
+    def __init__(self, tree, found):
         self.seconds, self.failed = {}, []
         self.lines = collections.defaultdict(set)  # {(file, line): tests}
         for entry in found.values():
@@ -231,8 +242,8 @@ class Covering:
                     for line in lines:
                         self.lines[file, line].add(test)
         self.words = collections.defaultdict(set)  # {word: the lines in functions where it stands}
-        for file in sources(root):
-            text = (root / file).read_text()
+        for file in sources(tree):
+            text = (tree / file).read_text()
             for number in mutations.lines_in_functions(text):
                 for word in set(re.findall(r"\w+", text.splitlines()[number - 1])):
                     self.words[word].add((file, number))

@@ -3,7 +3,8 @@
 `ast` tells where each operator, constant, call or statement stands, and only that piece of the text
 changes; lines keep their numbers. Left out is what no reader would call behaviour: docstrings, all
 strings (f-strings whole), type annotations, imports, `if __name__` blocks, what is raised, printed
-or shown as help, the messages of asserts, and on which device a tensor is made.
+or shown as help, the messages of asserts, the colours and sizes of a picture's parts, and on which
+device a tensor is made.
 """
 
 import ast
@@ -19,6 +20,9 @@ RENAMED = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum
            "amin": "amax", "argmax": "argmin", "argmin": "argmax", "sum": "mean", "mean": "sum"}
 MESSAGES = ("print", "UserError", "ValueError", "refuse")  # calls that speak to people
 HELP = ("help", "description", "desc", "metavar", "epilog", "usage", "prog")
+LOOKS = ("color", "alpha", "figsize", "dpi", "fontsize", "linewidth", "linestyle", "marker",
+         "markersize", "width", "rotation", "ha", "va", "textcoords", "xytext", "frameon", "aspect",
+         "cmap", "vmin", "vmax")  # of a picture
 PLACES = ("device", "map_location")  # dropped, they change nothing on a machine with one device
 KEPT = ("dataclass", "property", "staticmethod", "classmethod")  # without these nothing would run
 
@@ -55,7 +59,10 @@ class Finder(ast.NodeVisitor):
         for line in text.splitlines(keepends=True):
             self.line_starts.append(self.line_starts[-1] + len(line))
         self.lines = text.splitlines()
-        self.visit(ast.parse(text))
+        for node in ast.parse(text).body:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            self.top = self.line_starts[first - 1], self.end(node)
+            self.visit(node)
 
     # ---- places
 
@@ -77,7 +84,7 @@ class Finder(ast.NodeVisitor):
         new += "\n" * (self.text.count("\n", start, end) - new.count("\n"))
         wrong = self.text[:start] + new + self.text[end:]
         try:
-            ast.parse(wrong)
+            ast.parse(self.text[self.top[0] : start] + new + self.text[end : self.top[1]])
         except SyntaxError:
             return
         if wrong in self.found:
@@ -210,12 +217,12 @@ class Finder(ast.NodeVisitor):
         if name in RENAMED and (isinstance(node.func, ast.Attribute) or name in ("max", "min")):
             self.add(self.end(node.func) - len(name), self.end(node.func), RENAMED[name])
         for keyword in node.keywords:
-            if keyword.arg and keyword.arg not in HELP + PLACES:
+            if keyword.arg and keyword.arg not in HELP + LOOKS + PLACES:
                 self.drop(node, keyword)
         for child in [node.func, *node.args]:
             self.visit(child)
         for keyword in node.keywords:
-            if keyword.arg not in HELP:
+            if keyword.arg not in HELP + LOOKS:
                 self.visit(keyword.value)
 
     def drop(self, call, keyword):

@@ -121,7 +121,7 @@ TOY = {
     "tests/tiny_road.py": """
         class Road:
             def __init__(self, folder):
-                folder.mkdir()
+                folder.mkdir(parents=True)
 
             def walk(self):
                 pass
