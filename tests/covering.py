@@ -1,8 +1,9 @@
 """Which tests execute which lines: the whole suite once under coverage, a test file at a time.
 
 `mutate.py` asks this for each mutant. A line that a subprocess executes counts as executed by the
-test that started it, and what a fixture of a whole module executes, by all tests that use it. The answers are kept in out/mutate/, and a test file is run again only if it, or any of
-the sources, has changed.
+test that started it, and what a fixture of a whole module executes, by all tests that use it. The
+answers are kept in out/mutate/, and a test file is run again only if it, or any of the sources, has
+changed.
 """
 
 import collections

@@ -113,6 +113,31 @@ def attempt(job):
     return mutant, *worker.attempt(mutant, tests, seconds)
 
 
+def try_all(jobs, num_workers, base):
+    """[(mutant, status, the test that failed, CPU seconds)], also of a run that broke off before.
+
+    Each verdict is written down at once, in a file named after all sources and tests.
+    """
+    paths = [base / "tree" / name for name in sources(base / "tree")]
+    state = digest(*paths, *sorted((base / "tree/tests").glob("*.py")))
+    path = ROOT / f"out/mutate/verdicts_{state[:12]}.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    done = {place: verdict for place, *verdict in map(json.loads, rows)}
+    place = lambda mutant: f"{mutant.file}:{mutant.start}-{mutant.end} {mutant.new}"
+    results = [(job[0], *done[place(job[0])]) for job in jobs if place(job[0]) in done]
+    jobs = [job for job in jobs if place(job[0]) not in done]
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    with multiprocessing.Pool(num_workers, start_worker, (base,)) as pool, open(path, "a") as file:
+        for result in pool.imap_unordered(attempt, jobs):
+            results.append(result)
+            mutant, status, by, used = result
+            file.write(json.dumps([place(mutant), status, by, used]) + "\n")
+            file.flush()
+            print(f"{len(results)} {status:9} {used:5.1f} s  {mutant}  {by}", flush=True)
+    return results
+
+
 # ---------------------------------------------------------------- the report
 
 def equivalents(text):
@@ -192,20 +217,14 @@ def main(argv=None):
         base = Path(folder) / "base"
         tree = make_base(ROOT, base)
         covering = Covering(tree, traces(ROOT, tree))
-        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        sys.dont_write_bytecode = True
         for test in covering.failed:
             print(f"fails without any mutant, left out: {test}", flush=True)
-        results = [(m, "equivalent", "", 0.0) for m in mutants if key(m) in known]
         jobs = []
         for mutant in (m for m in mutants if key(m) not in known):
             tests = covering.within(BUDGET, mutant, killers.get(key(mutant)))
             jobs.append((mutant, tests, sum(covering.seconds[test] for test in tests)))
-        with multiprocessing.Pool(args.jobs, start_worker, (base,)) as pool:
-            for i, result in enumerate(pool.imap_unordered(attempt, jobs), 1):
-                results.append(result)
-                mutant, status, by, used = result
-                print(f"{i}/{len(jobs)} {status:9} {used:5.1f} s  {mutant}  {by}", flush=True)
+        results = [(m, "equivalent", "", 0.0) for m in mutants if key(m) in known]
+        results += try_all(jobs, args.jobs, base)
     results.sort(key=lambda result: (result[0].file, result[0].start))
     summary = report(results, total)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
