@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ class Chosen:
 
     def __init__(self, chosen, enter):
         self.chosen, self.enter = chosen, enter
-        self.seconds, self.shared, self.failed = collections.Counter(), {}, []
+        self.seconds, self.fixtures = collections.Counter(), {}
+        self.inner, self.uses, self.failed = 0.0, {}, []
 
     def pytest_collection_modifyitems(self, items):
         if self.chosen is not None:
@@ -57,20 +59,29 @@ class Chosen:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.shared[item.nodeid] = list(item.fixturenames)
+        file = item.nodeid.split("::")[0]
+        self.uses[item.nodeid] = [f"{base} {name}" for name in item.fixturenames
+                                  for base in ("", "tests", file)]
         self.enter(item.nodeid)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):
-        """What a module's fixture executes is executed for all tests that use the fixture."""
+        """Its users all execute what a shared fixture executes; its time is none of theirs alone."""
         if fixturedef.scope == "function":
             return (yield)
-        self.enter(f"fixture {fixturedef.baseid} {fixturedef.argname}")
+        test = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
+        name, start = f"{fixturedef.baseid} {fixturedef.argname}", time.perf_counter()
+        outer, self.inner = self.inner, 0.0  # seconds of the fixtures that a fixture uses
+        self.enter(name)
         try:
             return (yield)
         finally:
-            self.enter(os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0])
+            took = time.perf_counter() - start
+            self.fixtures[name] = took - self.inner
+            self.seconds[test] -= self.fixtures[name]
+            self.inner = outer + took
+            self.enter(test)
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
@@ -149,7 +160,11 @@ context = ${{PYTEST_CURRENT_TEST-}}
 
 
 def trace(tree, files):
-    """{"seconds": {test: seconds}, "lines": {test: {file: [lines]}}, "failed": [tests]}."""
+    """What these test files' tests execute, and what they take:
+
+    {"seconds": {test: seconds}, "fixtures": {test: {shared fixture: seconds}},
+     "lines": {test: {file: [lines]}}, "failed": [tests]}
+    """
     import coverage
 
     folder = Path(tempfile.mkdtemp(dir=tree.parent))
@@ -162,19 +177,20 @@ def trace(tree, files):
     measure.stop()
     measure.save()
     measure.combine()
-    users = collections.defaultdict(list)
-    for test, names in plugin.shared.items():
-        users[test].append(test)
-        for name in names:
-            for base in ("", "tests", test.split("::")[0]):
-                users[f"fixture {base} {name}"].append(test)
-    lines = {test: collections.defaultdict(list) for test in plugin.shared}
+    users = collections.defaultdict(set)
+    for test, fixtures in plugin.uses.items():
+        for name in [test, *fixtures]:
+            users[name].add(test)
+    lines = {test: collections.defaultdict(list) for test in plugin.uses}
     for name in sources(tree):
         for line, contexts in measure.get_data().contexts_by_lineno(str(tree / name)).items():
             contexts = {re.sub(r"^here\|?| \((call|setup|teardown)\)$", "", c) for c in contexts}
-            for test in {test for context in contexts for test in users[context]}:
+            for test in set().union(*(users[context] for context in contexts)):
                 lines[test][name].append(line)
-    return {"seconds": dict(plugin.seconds), "lines": lines, "failed": plugin.failed}
+    fixtures = {test: {name: plugin.fixtures[name] for name in names if name in plugin.fixtures}
+                for test, names in plugin.uses.items()}
+    return {"seconds": dict(plugin.seconds), "fixtures": fixtures, "lines": lines,
+            "failed": plugin.failed}
 
 
 def make_base(root, folder):
@@ -233,10 +249,11 @@ class Covering:
     """Answers which tests execute a mutant's line, the quickest first."""
 
     def __init__(self, tree, found):
-        self.seconds, self.failed = {}, []
+        self.seconds, self.fixtures, self.failed = {}, {}, []
         self.lines = collections.defaultdict(set)  # {(file, line): tests}
         for entry in found.values():
             self.seconds.update(entry["seconds"])
+            self.fixtures.update(entry["fixtures"])
             self.failed += entry["failed"]
             for test, files in entry["lines"].items():
                 for file, lines in files.items():
@@ -258,16 +275,22 @@ class Covering:
         if mutant.names and not tests:
             tests = set().union(*(found for (file, _), found in self.lines.items()
                                   if file == mutant.file))
-        return sorted(tests.difference(self.failed), key=self.seconds.get)
+        alone = lambda test: self.seconds[test] + sum(self.fixtures[test].values())
+        return sorted(tests.difference(self.failed), key=alone)
 
     def within(self, budget, mutant, first=None):
-        """Its quickest tests; `first`, the one that killed the mutant before, at the front."""
-        tests = self.tests(mutant)
-        tests = [first] * (first in tests) + [test for test in tests if test != first]
-        chosen, total = [], 0
-        for test in tests:
-            total += self.seconds[test]
-            if chosen and total > budget:
+        """(its quickest tests, their seconds in all); `first`, which killed it before, first.
+
+        One test runs however long it takes, then as many as fit; a shared fixture counts once.
+        """
+        chosen, spent, shared, total = [], 0.0, set(), 0.0
+        for test in sorted(self.tests(mutant), key=lambda test: test != first):
+            new = self.fixtures[test].keys() - shared
+            seconds = self.seconds[test] + sum(self.fixtures[test][name] for name in new)
+            spent += seconds * bool(chosen)
+            if spent > budget:
                 break
             chosen.append(test)
-        return chosen
+            shared |= new
+            total += seconds
+        return chosen, total

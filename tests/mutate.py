@@ -219,10 +219,8 @@ def main(argv=None):
         covering = Covering(tree, traces(ROOT, tree))
         for test in covering.failed:
             print(f"fails without any mutant, left out: {test}", flush=True)
-        jobs = []
-        for mutant in (m for m in mutants if key(m) not in known):
-            tests = covering.within(BUDGET, mutant, killers.get(key(mutant)))
-            jobs.append((mutant, tests, sum(covering.seconds[test] for test in tests)))
+        jobs = [(mutant, *covering.within(BUDGET, mutant, killers.get(key(mutant))))
+                for mutant in mutants if key(mutant) not in known]
         results = [(m, "equivalent", "", 0.0) for m in mutants if key(m) in known]
         results += try_all(jobs, args.jobs, base)
     results.sort(key=lambda result: (result[0].file, result[0].start))
