@@ -59,15 +59,16 @@ class Chosen:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        file = item.nodeid.split("::")[0]
+        file, given = item.nodeid.split("::")[0], getattr(item, "callspec", None)
         self.uses[item.nodeid] = [f"{base} {name}" for name in item.fixturenames
+                                  if not (given and name in given.params)  # by parametrize
                                   for base in ("", "tests", file)]
         self.enter(item.nodeid)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):
-        """Its users all execute what a shared fixture executes; its time is none of theirs alone."""
+        """All its users execute what a shared fixture does; its time is none of theirs alone."""
         if fixturedef.scope == "function":
             return (yield)
         test = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
