@@ -429,3 +429,14 @@ def test_the_ceiling_is_the_accuracy_of_whoever_knows_the_gold_scores(capsys):
     assert "2 ranked lists; dropped: 2 duplicates" in printed
     assert f"4 pairs | ceiling {ceiling:.1%} | equal gold 25.0% |" in printed
     assert "grades 0: 25%, 1: 25%, 2: 25%, 3: 25%" in printed
+
+
+def test_a_prompt_with_one_answer_left_has_nothing_to_rank():
+    said = lambda text, ended=True: {"text": text, "ended": ended}
+    row = {"messages": [], "meta": {"task": make_task()["task"]}}
+    for samples, why in (([said("Moo."), said("Moo.")], {"duplicates": 1}),
+                         ([said("Moo."), said(" ")], {"empty answers": 1}),
+                         ([said("Moo."), said("A", False)], {"answers that did not end": 1})):
+        dropped = Counter()
+        found = annotate.annotate_row({**row, "samples": samples}, 0.3, random.Random(0), dropped)
+        assert found is None and dropped == {**why, "prompts with fewer than 2 answers": 1}
