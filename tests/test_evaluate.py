@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,22 @@ def test_evaluate_compares_tiny_models(road, tmp_path, capsys):
     assert "dpo over sft" in capsys.readouterr().out
     rows = read_samples(tmp_path / "eval" / "dpo_greedy.jsonl")
     assert len(rows) == 40 and (tmp_path / "eval" / "results.json").exists()
+
+
+# ---------------------------------------------------------------- which row, which answer
+
+def test_each_answer_is_judged_by_its_own_prompts_row():
+    """Bug: the answers of one prompt are judged by the expectations of the next."""
+    said = lambda text, ended: {"text": text, "ended": ended}
+    ev = SimpleNamespace(rows=[{"id": 0}, {"id": 1}, {"id": 2}],
+                         judge=lambda row, text, ended: {"score": (row["id"], text, ended)})
+    answers = [[said("a", True), said("b", False)], [said("c", True), said("d", True)],
+               [said("e", False), said("f", True)]]
+    found = evaluate.Evaluator.verdicts(ev, {"answers": answers})
+    assert [[v["score"] for v in verdicts] for verdicts in found] == [
+        [(i, s["text"], s["ended"]) for s in samples] for i, samples in enumerate(answers)]
+
+
+def test_without_a_judge_the_reward_is_the_score():
+    found = evaluate.Evaluator.verdicts(SimpleNamespace(judge=None), {"rewards": [[1.5], [-2.0]]})
+    assert found == [[{"score": 1.5}], [{"score": -2.0}]]

@@ -311,3 +311,12 @@ def test_written_samples_are_read_again_whatever_the_rows_meta_holds(tmp_path):
     (again,) = formats.read_samples(tmp_path / "samples.jsonl")
     assert again["samples"] == samples and again["messages"] == row["messages"]
     assert again["meta"] == {"prompt": "x", "note": "\ud83d", "kind": "farm"}
+
+
+def test_a_history_is_read_from_its_oldest_turn_to_its_newest():
+    row = {"instruction": "And now?", "output": "d",
+           "history": [["first?", "a"], ["second?", "b"], ["third?", "c"]]}
+    messages = formats.parse_demonstration(row)["messages"]
+    assert [m["content"] for m in messages] == [
+        "first?", "a", "second?", "b", "third?", "c", "And now?", "d"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 4

@@ -424,3 +424,22 @@ def test_an_actor_with_a_shared_critic_adds_one_head(generator):
     close(values, shared.value_head(policy.trunk(idx))[..., 0])
     values.sum().backward()
     assert (policy.trunk.wte.weight.grad != 0).any()  # the values' loss reaches the policy's trunk
+
+
+# ---------------------------------------------------------------- where a model starts
+
+def test_an_untied_head_starts_as_small_as_an_embedding():
+    """Bug: PyTorch's own initialisation, here nearly twice as wide: surer than a new model is."""
+    model = GPT(ModelConfig(n_layer=1, n_embd=256, n_head=4, vocab_size=500, tied=False))
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+def test_rotary_angles_have_the_published_base_unless_told_otherwise():
+    """RoFormer's 10000 (arXiv 2104.09864): of head size 4 the slower pair turns by 1/100."""
+    model = awake_gpt(positions="rope", n_layer=1)
+    cos, _ = rope_angles(torch.arange(2), 4, model.cfg.rope_theta, torch.float64)
+    close(cos[1], [math.cos(1), math.cos(0.01)] * 2)
+    idx = torch.arange(10)[None]
+    other = GPT(tiny_config(positions="rope", n_layer=1, rope_theta=500.0)).double().eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(idx), other(idx))  # and the model reads it

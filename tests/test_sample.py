@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from tiny_road import PROMPTS, chat, template, watch, write_rows
 
 import sample
@@ -103,3 +104,13 @@ def test_check_14_a_conversation_closes_each_answer_once(road, monkeypatch, caps
     assert first == [one for one, _ in template(tok, chat("cow?"))] + [tok.assistant_id]
     assert second == [one for one, _ in template(tok, chat("cow?", answer, "dog?"))] + [
         tok.assistant_id]
+
+
+def test_sample_computes_in_the_type_that_was_asked_for(road, capsys, monkeypatch):
+    """Bug: --dtype is checked and then forgotten."""
+    seen, draw = [], sample.sample_prompts
+    monkeypatch.setattr(sample, "sample_prompts", lambda *args: seen.append(
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))) or draw(*args))
+    for dtype in ("float32", "bfloat16"):
+        sampled(road, capsys, prompt="cow?", dtype=dtype)
+    assert seen[0][0] is False and seen[1] == (True, torch.bfloat16)

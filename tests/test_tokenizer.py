@@ -460,3 +460,12 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, capsys, name, con
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_open_takes_a_file_of_either_kind_or_a_published_name(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path / "tokenizer.json")
+    write_tiktoken_file(tmp_path / "ours.tiktoken", tok.ranks)
+    assert_same(tok, Tokenizer.open(tmp_path / "tokenizer.json"))
+    assert_same(tok, Tokenizer.open(str(tmp_path / "ours.tiktoken")))
+    monkeypatch.setattr(Tokenizer, "named", classmethod(lambda cls, name: f"published {name}"))
+    assert Tokenizer.open("gpt2") == "published gpt2"

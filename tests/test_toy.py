@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -378,3 +379,64 @@ def test_bad_samples_end_with_one_line_and_exit_2(command, content, message, tmp
             annotate.main([str(path), "--out", str(tmp_path / "out.jsonl")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def noise_draws(*noises):
+    """A stand-in for random.Random whose draws become exactly these draws of Gumbel noise."""
+    draws = iter([1 - math.exp(-math.exp(-noise)) for noise in noises])
+    return SimpleNamespace(random=lambda: next(draws))
+
+
+def test_a_grade_says_how_much_better_an_answer_felt_not_how_much_better_it_is():
+    """Bug: grades of the true gap, which no annotator knows, and which makes margins noiseless."""
+    # Utilities 0 + 3 and 0 + 0: equally good, and felt 3 apart.
+    assert annotate.rank([1.0, 1.0], 0.5, noise_draws(3.0, 0.0)) == ([0, 1], [[0, 2], [0, 0]])
+    # Utilities 2 / 2 - 1 and 0 + 5: the worse answer feels better by 5.
+    assert annotate.rank([2.0, 0.0], 2.0, noise_draws(-1.0, 5.0)) == ([1, 0], [[0, 3], [0, 0]])
+    # Utilities 4, 5.5, 2.2: each pair has a grade of its own.
+    assert annotate.rank([4.0, 0.0, 2.0], 1.0, noise_draws(0.0, 5.5, 0.2)) == (
+        [1, 0, 2], [[0, 1, 2], [0, 0, 1], [0, 0, 0]])
+
+
+def test_the_noise_has_the_distribution_that_makes_pairs_bradley_terry():
+    rng = random.Random(0)
+    wins = sum(annotate.rank([1.0, 0.0], 0.5, rng)[0] == [0, 1] for _ in range(20_000)) / 20_000
+    assert annotate.win_probability(1.0, 0.0, 0.5) == pytest.approx(1 / (1 + math.exp(-2.0)))
+    assert wins == pytest.approx(1 / (1 + math.exp(-2.0)), abs=0.01)
+
+
+def test_the_annotators_seed_decides_their_ranking(tmp_path):
+    write_samples(tmp_path / "samples.jsonl")
+    written = []
+    for seed in ("0", "1", "1"):
+        out = tmp_path / "preferences.jsonl"
+        annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(out), "--seed", seed])
+        written.append(out.read_bytes())
+    assert written[0] != written[1] == written[2]
+
+
+def test_the_ceiling_is_the_accuracy_of_whoever_knows_the_gold_scores(capsys):
+    """Bug: the mean of P itself, which falls below one half where annotators erred."""
+    said = [{"role": "user", "content": "Hi."}]
+    rows = [{"gold": [0.0, 1.0], "temperature": 1.0, "grades": [[0, 1], [0, 0]], "output": "ab",
+             "messages": said},
+            {"gold": [3.0, 0.0, 0.0], "temperature": 2.0, "output": "abc", "messages": said,
+             "grades": [[0, 2, 3], [0, 0, 0], [0, 0, 0]]}]
+    annotate.report(rows, Counter({"duplicates": 2}))
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    ceiling = (sigmoid(1) + 2 * sigmoid(1.5) + 0.5) / 4
+    printed = capsys.readouterr().out
+    assert "2 ranked lists; dropped: 2 duplicates" in printed
+    assert f"4 pairs | ceiling {ceiling:.1%} | equal gold 25.0% |" in printed
+    assert "grades 0: 25%, 1: 25%, 2: 25%, 3: 25%" in printed
+
+
+def test_a_prompt_with_one_answer_left_has_nothing_to_rank():
+    said = lambda text, ended=True: {"text": text, "ended": ended}
+    row = {"messages": [], "meta": {"task": make_task()["task"]}}
+    for samples, why in (([said("Moo."), said("Moo.")], {"duplicates": 1}),
+                         ([said("Moo."), said(" ")], {"empty answers": 1}),
+                         ([said("Moo."), said("A", False)], {"answers that did not end": 1})):
+        dropped = Counter()
+        found = annotate.annotate_row({**row, "samples": samples}, 0.3, random.Random(0), dropped)
+        assert found is None and dropped == {**why, "prompts with fewer than 2 answers": 1}

@@ -1249,3 +1249,16 @@ def test_stop_kl_ends_an_iterations_epochs(road, tmp_path, monkeypatch):
              lr=1e-3, dtype="float32")
     # One call is the preflight's. The first minibatch has ratio 1; the second one sees a KL.
     assert len(calls) == 1 + 2
+
+
+def test_ppos_learning_rate_falls_once_an_iteration_whatever_the_epochs(road, tmp_path,
+                                                                        monkeypatch):
+    """Bug: a schedule that counts epochs or minibatches is at its end long before the run is."""
+    for num_epochs in (1, 3):
+        seen = []
+        monkeypatch.setattr(train_ppo, "ppo_update", lambda actor, optimizers, *args: seen.append(
+            [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]) or {})
+        road.run("ppo", tmp_path / str(num_epochs), num_steps=4, num_epochs=num_epochs, lr=1e-3,
+                 critic_lr=3e-3, final_lr=0.2)
+        left = [1.0, 0.8, 0.6, 0.4]  # of the way from the peak down to a fifth of it
+        assert seen == [pytest.approx([1e-3 * share] * 2 + [3e-3 * share] * 2) for share in left]

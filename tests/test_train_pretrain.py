@@ -82,3 +82,24 @@ def test_check_38_pretraining_learns_the_text(road, tmp_path):
     blocks = torch.tensor(tokenizer.encode(road.text.read_text())[:-1][-320:]).view(5, 64)
     nats = F.cross_entropy(model(blocks)[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
     assert max(nats, history[-1]["val_loss"]) < 0.3 * unigram
+
+
+def test_pretraining_draws_its_blocks_from_all_but_the_last_50th_of_the_text(road, tmp_path,
+                                                                            monkeypatch):
+    seen, trained = [], []
+    blocks_of, loss_of = train_pretrain.random_blocks, train_pretrain.loss_of
+    monkeypatch.setattr(train_pretrain, "random_blocks", lambda stream, *args: seen.append(
+        (stream, blocks_of(stream, *args))) or seen[0][1])
+    monkeypatch.setattr(train_pretrain, "loss_of", lambda model, batch, cfg: trained.append(
+        batch["tokens"]) or loss_of(model, batch, cfg))
+    road.run("pretrain", tmp_path / "run", num_steps=3, eval_every=3)
+    encode = road.tokenizer.encode
+    whole = [idx for document in road.text.read_text().split("\n\n")
+             for idx in encode(document) + encode("\n\n")]
+    [(stream, starts)] = seen
+    assert stream.tolist() == whole[: int(0.98 * len(whole))]
+    for step in range(3):  # trained[0] only tries out whether the largest batch fits
+        assert trained[1 + step].tolist() == [whole[at : at + 64] for at in starts[step].tolist()]
+    held_out = torch.cat(trained[4:]).flatten().tolist()
+    last = whole[int(0.98 * len(whole)):]
+    assert held_out == last[: len(last) // 64 * 64][: 32 * 64]
