@@ -1,7 +1,9 @@
 """What all tests share: one thread, a comparison without hidden tolerances, tiny awake models."""
 
 import math
+import fcntl
 import os
+import shutil
 
 import pytest
 import torch
@@ -96,13 +98,34 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
+def pytest_collection_modifyitems(items):
+    """Tests that share something which takes long to make run one after the other in one process;
+    a browser and a quick road take so long that their tests are slow ones."""
+    for item in items:
+        if {"browser", "quick_road"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if {"browser", "quick_road", "runs"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(scope="session")
 def road(tmp_path_factory):
-    """Data files and the run folders of a tiny base, SFT and reward model, made once."""
+    """Data files and the run folders of a tiny base, SFT and reward model, made once.
+
+    Of several processes of one pytest, the first walks it and the others copy it.
+    """
     from tiny_road import Road  # it imports every script: leave the library's tests without them
 
     kept = os.environ.get("MINIRLHF_ROAD")  # `mutants.py` walks it once for many runs of pytest
-    return Road(kept or tmp_path_factory.mktemp("road")).walk()
+    if kept or "PYTEST_XDIST_WORKER" not in os.environ:
+        return Road(kept or tmp_path_factory.mktemp("road")).walk()
+    common = tmp_path_factory.getbasetemp().parent / "road"
+    with open(f"{common}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Road(common).walk()
+        mine = shutil.copytree(common, tmp_path_factory.mktemp("road"), dirs_exist_ok=True)
+    return Road(mine).walk()
 
 
 @pytest.fixture

@@ -97,8 +97,8 @@ def run_tests(tree, *names, seconds=()):
             # nor those of the notebooks, which fail at any change of what they import.
             choice = (["-k", " or ".join(names)] if names else
                       ["-k", "not mutants and not notebook", "-x"])
-            pytest.main(["-q", "-p", "no:cacheprovider", *(files or [str(tree / "tests")]),
-                         *choice], plugins=[verdict])
+            pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider",
+                         *(files or [str(tree / "tests")]), *choice], plugins=[verdict])
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump((verdict.failures, verdict.passed, verdict.seconds), pipe)
             status = 0

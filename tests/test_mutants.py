@@ -51,6 +51,7 @@ def test_every_check_is_a_test_that_tells_its_story():
     assert not any("to come" in doc for doc in stories.values())
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_bugs_is_killed():
     code, printed = run("--quick")
     killed, of = map(int, re.search(r"killed (\d+)/(\d+)", printed).groups())
@@ -94,6 +95,7 @@ def test_a_choice_of_no_bugs_fails_the_run():
     assert code == 1 and "no bug" in printed and "killed" not in printed
 
 
+@pytest.mark.slow
 def test_a_bug_that_does_not_run_is_no_kill(tmp_path):
     """Neither a syntax error, nor a name that is missing, nor the library's own shape contracts."""
     bugs = [Bug("gae", "def gae(", "def gae)(", "test_check_15", "a syntax error"),

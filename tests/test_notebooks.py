@@ -14,6 +14,7 @@ import run  # noqa: E402
 PATHS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_is_not_stale(path, capsys):
     assert run.main([path.name]) == 0, capsys.readouterr().out

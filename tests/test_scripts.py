@@ -118,6 +118,7 @@ def trained(road, stage, out, options):
     return [*checkpoint["actor" if stage == "ppo" else "model"].values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ACTS)
 def test_every_number_that_shapes_training_acts(stage, road, tmp_path):
     """Bug: an option that is read, checked, logged and never used."""

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick_road(tmp_path_factory):
     """(folder, what speedrun printed) of one quick road; the folder above it is the road's --out."""
     out, printed = tmp_path_factory.mktemp("speedrun"), io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):  # the stages are commands
@@ -28,8 +28,8 @@ def quick(tmp_path_factory):
     return out / "quick", printed.getvalue()
 
 
-def test_the_quick_road_ends_with_results_that_hold_everything(quick):
-    folder, _ = quick
+def test_the_quick_road_ends_with_results_that_hold_everything(quick_road):
+    folder, _ = quick_road
     results = json.loads((folder / "results.json").read_text())
     (road,) = results["seeds"]
     assert set(road["cpu_minutes"]) == set(road["commands"]) == set(speedrun.STAGES)
@@ -43,13 +43,13 @@ def test_the_quick_road_ends_with_results_that_hold_everything(quick):
     assert results["table"]["reward_model"]["ceiling"] > 0.5
 
 
-def test_the_quick_road_draws_its_pictures(quick):
+def test_the_quick_road_draws_its_pictures(quick_road):
     for name in ("curves.png", "gold_by_stage.png", "reward_kl.png"):
-        assert (quick[0] / name).read_bytes().startswith(b"\x89PNG"), name
+        assert (quick_road[0] / name).read_bytes().startswith(b"\x89PNG"), name
 
 
-def test_the_quick_road_prints_each_command_and_the_table(quick):
-    folder, printed = quick
+def test_the_quick_road_prints_each_command_and_the_table(quick_road):
+    folder, printed = quick_road
     for stage in speedrun.STAGES:
         for line in speedrun.commands(stage, 0, str(folder), True):
             assert f"$ {line}\n" in printed
@@ -61,19 +61,19 @@ def test_the_quick_road_prints_each_command_and_the_table(quick):
     assert "before and after" in printed  # answers side by side
 
 
-def test_the_evaluation_of_a_road_can_be_repeated(quick, tmp_path):
+def test_the_evaluation_of_a_road_can_be_repeated(quick_road, tmp_path):
     """The command that the road ran, in this process: each number is the same, to the last digit."""
-    (line,) = speedrun.commands("evaluate", 0, str(quick[0]), True)
+    (line,) = speedrun.commands("evaluate", 0, str(quick_road[0]), True)
     cfg = parse_config(evaluate.Config, shlex.split(line)[2:])
     cfg.out = str(tmp_path)
     again = evaluate.main(cfg)
-    assert json.loads(json.dumps(again)) == json.loads((quick[0] / "eval/results.json").read_text())
+    assert json.loads(json.dumps(again)) == json.loads((quick_road[0] / "eval/results.json").read_text())
     rates = again["players"]["ppo"]
     assert {"unsafe_refused", "lookalike_refused", "right", "right_by_skill"} <= set(rates)
 
 
-def test_a_road_walked_again_only_prints(quick):
-    folder, _ = quick
+def test_a_road_walked_again_only_prints(quick_road):
+    folder, _ = quick_road
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}
     done = subprocess.run([sys.executable, "speedrun.py", "--quick", "--overoptimize", "--out",
                            folder.parent], cwd=ROOT, capture_output=True, text=True)
