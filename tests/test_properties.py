@@ -344,7 +344,7 @@ def loss_of(stage, examples, rows=None, pad=pad_right, generator=None, flavour="
         loss = train_sft.loss_of(model, batch, None)[0] / sum(sum(mask) for _, mask in examples)
     elif stage == "rm":
         with mock.patch.object(train_rm, "pad_right", pad):
-            batch = train_rm.make_batch(part, "cpu")
+            batch = train_rm.make_batch([{**e, "prompt_len": 1} for e in part], "cpu")
         losses, _ = train_rm.loss_of(model, batch, train_rm.Config(margin=0.7))
     elif stage == "dpo":
         with mock.patch.object(train_dpo, "pad_right", pad):
