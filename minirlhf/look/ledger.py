@@ -38,6 +38,8 @@ COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("rew
            ("loss", "token_losses"), ("logratio", "log_ratios"), ("score", "raw_scores"),
            ("entropy", "entropy")]
 SUMMED = {"logprobs", "ref_logprobs", "kl", "rewards", "token_losses", "log_ratios"}
+MEANS = ("logprobs", "ref_logprobs", "scores", "losses", "kl", "rewards", "token_losses",
+         "log_ratios")  # whose means over the batch are printed, in this order
 
 
 class Ledger:
@@ -244,8 +246,9 @@ def show(folder, step=None, row=0, colour=False):
     else:
         facts = describe_row(record, chosen[0])
         lines += ([facts] if facts else []) + row_lines(record, chosen[0], colour)
-    means = [f"{name.replace('/', ' per ')} {value:.4g}" for name, value in
-             batch_means(record).items() if name.split("/")[0] in SUMMED | {"scores", "losses"}]
+    values = batch_means(record)
+    means = [f"{name.replace('/', ' per ')} {values[name]:.4g}" for wanted in MEANS
+             for name in values if name.split("/")[0] == wanted]
     lines += ["", "means over the batch:"] + ["  " + ", ".join(means[i : i + 3])
                                               for i in range(0, len(means), 3)]
     return "\n".join(lines)
