@@ -1,12 +1,15 @@
 """The scripts: a smoke test of each option, seeds, and what sample.py and evaluate.py promise."""
 
+import contextlib
 import dataclasses
+import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_road import PROMPTS, SCRIPTS, chat, finite, without_clock, write_rows
+from tiny_road import PROMPTS, SCRIPTS, chat, collect, finite, without_clock, write_rows
 
 import evaluate
 import sample
@@ -17,7 +20,7 @@ import train_pretrain
 import train_rm
 from minirlhf.config import field_comments, parse_config
 from minirlhf.formats import read_rows, read_samples
-from minirlhf.model import SIZES
+from minirlhf.model import GPT, SIZES, ModelConfig
 from minirlhf.runs import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
@@ -370,3 +373,61 @@ def test_ppos_learning_rate_falls_once_an_iteration_whatever_the_epochs(road, tm
                  critic_lr=3e-3, final_lr=0.2)
         left = [1.0, 0.8, 0.6, 0.4]  # of the way from the peak down to a fifth of it
         assert seen == [pytest.approx([1e-3 * share] * 2 + [3e-3 * share] * 2) for share in left]
+
+
+def test_ppo_samples_and_scores_in_the_type_that_was_asked_for(road, tmp_path, monkeypatch):
+    """Bug: answers are sampled in another precision than the one that their log-probs are of."""
+    seen, generate = [], train_ppo.generate
+    monkeypatch.setattr(train_ppo, "generate", lambda *args, **options: seen.append(
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        or generate(*args, **options))
+    for dtype in ("float32", "bfloat16"):
+        collect(road, tmp_path / dtype, dtype=dtype)
+    assert seen[0][0] is False and seen[1] == (True, torch.bfloat16)
+
+
+# ---------------------------------------------------------------- the reward model's statistics
+
+def measured(scores, ended, batch_size, monkeypatch):
+    """measure_scores of answers with these raw scores."""
+    parts = iter(zip(torch.tensor(scores).split(batch_size), torch.tensor(ended).split(batch_size)))
+    asked, now = [], {}
+
+    def generate(policy, prompts, max_new_tokens, stop_ids, generator):
+        asked.append((list(prompts), max_new_tokens, stop_ids))
+        now["scores"], ended = next(parts)
+        return SimpleNamespace(tokens=None, lengths=None, ended=ended)
+
+    monkeypatch.setattr(train_rm, "generate", generate)
+    model = SimpleNamespace(eval=lambda: None, score=lambda tokens, lengths: now["scores"])
+    run = SimpleNamespace(tokenizer=SimpleNamespace(end_id=7), generator=None,
+                          autocast=contextlib.nullcontext)
+    cfg = SimpleNamespace(batch_size=batch_size, max_new_tokens=5)
+    prompts = list(range(len(scores)))
+    found = train_rm.measure_scores(model, None, prompts, cfg, run)
+    assert [p for part, *_ in asked for p in part] == prompts
+    assert all(rest == [5, [7]] for _, *rest in asked)
+    return [x.item() for x in found]
+
+
+def test_scores_are_measured_on_the_answers_that_ended(monkeypatch):
+    mean, std = measured([1.0, 50.0, 2.0, 6.0, 90.0], [True, False, True, True, False], 2,
+                         monkeypatch)
+    assert mean == pytest.approx(3.0) and std == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    assert measured([1.0, 3.0], [True, True], 2, monkeypatch) == pytest.approx([2.0, 2**0.5])
+
+
+@pytest.mark.parametrize("scores, ended, message", [
+    ([1.0, 2.0, 3.0], [False, True, False], "fewer than 2 of 3 sampled answers ended"),
+    ([2.0, 2.0, 2.0], [True, True, True], "every answer got the same score")])
+def test_scores_that_cannot_be_normalised_are_refused(scores, ended, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        measured(scores, ended, 2, monkeypatch)
+
+
+def test_the_default_model_of_pretraining_can_be_built_and_has_a_million_parameters():
+    cfg = train_pretrain.Config()
+    options = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)
+               if hasattr(cfg, field.name)}
+    model = GPT(ModelConfig(**{**options, "vocab_size": 1280}))
+    assert 0.8e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
