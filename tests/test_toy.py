@@ -1,4 +1,5 @@
 """The toy world: its files, its gold judge and its simulated annotators."""
+import hashlib
 import importlib.util
 import json
 import math
@@ -494,3 +495,14 @@ def test_the_judges_table_is_the_mean_of_each_skills_verdicts(capsys):
         ["sum", "2", "1.50", "2.50", "3.50", "4.50", "5.50", *["50.0%"] * 5],
         ["list", "1", "2.00", "3.00", "4.00", "5.00", "6.00", *["0.0%"] * 5],
         ["all", "3", "1.67", "2.67", "3.67", "4.67", "5.67", *["33.3%"] * 5]]
+
+
+def test_seed_0_writes_the_files_that_the_readmes_results_were_made_with(files, tmp_path):
+    """Bug: a probability or a word changes, and the tables speak of data that nobody can make.
+
+    Whoever changes the world on purpose makes the README's tables again, and then this digest.
+    """
+    for name, content in files.items():
+        prepare.write_file(tmp_path / name, content)
+    together = b"".join((tmp_path / name).read_bytes() for name in sorted(files))
+    assert hashlib.sha256(together).hexdigest()[:16] == "e45efb531a48e9d1"
