@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,11 @@ def digest(*paths):
 
 
 # ---------------------------------------------------------------- runs of pytest
+
+def cpu_seconds():
+    """Of this process and of those that it waited for: a busy machine makes no test slower."""
+    return sum(os.times()[:4])
+
 
 class Chosen:
     """A pytest plugin: keeps only the chosen tests, in their order, and notes what happens.
@@ -64,7 +68,10 @@ class Chosen:
                                   if not (given and name in given.params)  # by parametrize
                                   for base in ("", "tests", file)]
         self.enter(item.nodeid)
-        return (yield)
+        start = cpu_seconds()
+        result = yield
+        self.seconds[item.nodeid] += cpu_seconds() - start
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):
@@ -72,20 +79,19 @@ class Chosen:
         if fixturedef.scope == "function":
             return (yield)
         test = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
-        name, start = f"{fixturedef.baseid} {fixturedef.argname}", time.perf_counter()
+        name, start = f"{fixturedef.baseid} {fixturedef.argname}", cpu_seconds()
         outer, self.inner = self.inner, 0.0  # seconds of the fixtures that a fixture uses
         self.enter(name)
         try:
             return (yield)
         finally:
-            took = time.perf_counter() - start
+            took = cpu_seconds() - start
             self.fixtures[name] = took - self.inner
             self.seconds[test] -= self.fixtures[name]
             self.inner = outer + took
             self.enter(test)
 
     def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
         if report.failed:
             self.failed.append(report.nodeid)
 
@@ -164,7 +170,7 @@ def trace(tree, files):
     """What these test files' tests execute, and what they take:
 
     {"seconds": {test: seconds}, "fixtures": {test: {shared fixture: seconds}},
-     "lines": {test: {file: [lines]}}, "failed": [tests]}
+     "lines": {test: {file: [lines]}}, "imported": {file: [lines]}, "failed": [tests]}
     """
     import coverage
 
@@ -183,15 +189,18 @@ def trace(tree, files):
         for name in [test, *fixtures]:
             users[name].add(test)
     lines = {test: collections.defaultdict(list) for test in plugin.uses}
+    imported = collections.defaultdict(list)
     for name in sources(tree):
         for line, contexts in measure.get_data().contexts_by_lineno(str(tree / name)).items():
             contexts = {re.sub(r"^here\|?| \((call|setup|teardown)\)$", "", c) for c in contexts}
             for test in set().union(*(users[context] for context in contexts)):
                 lines[test][name].append(line)
+            if "" in contexts:  # while pytest collected the tests
+                imported[name].append(line)
     fixtures = {test: {name: plugin.fixtures[name] for name in names if name in plugin.fixtures}
                 for test, names in plugin.uses.items()}
     return {"seconds": dict(plugin.seconds), "fixtures": fixtures, "lines": lines,
-            "failed": plugin.failed}
+            "imported": imported, "failed": plugin.failed}
 
 
 def make_base(root, folder):
@@ -252,6 +261,7 @@ class Covering:
     def __init__(self, tree, found):
         self.seconds, self.fixtures, self.failed = {}, {}, []
         self.lines = collections.defaultdict(set)  # {(file, line): tests}
+        self.imported = set()  # the places that are executed while a module is imported
         for entry in found.values():
             self.seconds.update(entry["seconds"])
             self.fixtures.update(entry["fixtures"])
@@ -260,24 +270,38 @@ class Covering:
                 for file, lines in files.items():
                     for line in lines:
                         self.lines[file, line].add(test)
+            for file, lines in entry["imported"].items():
+                self.imported.update((file, line) for line in lines)
         self.words = collections.defaultdict(set)  # {word: the lines in functions where it stands}
+        self.defined = collections.defaultdict(set)  # {word: the names defined with its help}
         for file in sources(tree):
             text = (tree / file).read_text()
             for number in mutations.lines_in_functions(text):
                 for word in set(re.findall(r"\w+", text.splitlines()[number - 1])):
                     self.words[word].add((file, number))
+            for names, words in mutations.definitions(text):
+                for word in words:
+                    self.defined[word] |= names
 
     def tests(self, mutant):
-        if mutant.names:
-            places = set().union(*(self.words[name] for name in mutant.names))
-        else:
-            places = {(mutant.file, line) for line in mutant.lines}
-        tests = set().union(*(self.lines[place] for place in places if place in self.lines))
+        """All tests of a mutant, the quickest first."""
+        places, names = {(mutant.file, line) for line in mutant.lines}, set(mutant.names)
+        if places & self.imported and not names:  # in a function that the import calls
+            names.add(mutant.function.split(".")[-1])
+        tests = set() if mutant.names else self.at(places)
+        todo = list(names)
+        while todo:
+            for name in self.defined[todo.pop()] - names:
+                names.add(name)
+                todo.append(name)
+        tests |= self.at(set().union(*(self.words[name] for name in names)))
         if mutant.names and not tests:
-            tests = set().union(*(found for (file, _), found in self.lines.items()
-                                  if file == mutant.file))
+            tests = self.at({place for place in self.lines if place[0] == mutant.file})
         alone = lambda test: self.seconds[test] + sum(self.fixtures[test].values())
         return sorted(tests.difference(self.failed), key=alone)
+
+    def at(self, places):
+        return set().union(*(self.lines[place] for place in places if place in self.lines))
 
     def within(self, budget, mutant, first=None):
         """(its quickest tests, their seconds in all); `first`, which killed it before, first.

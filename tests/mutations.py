@@ -108,9 +108,7 @@ class Finder(ast.NodeVisitor):
             return tuple(lines), () if isinstance(node, ast.FunctionDef) else (node.name,)
         if any(isinstance(scope, ast.FunctionDef) for _, scope in self.scope):
             return tuple(lines), ()
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
-                 and isinstance(n.ctx, ast.Store)} or {"*"}
-        return tuple(lines), tuple(sorted(names))
+        return tuple(lines), tuple(sorted(stored(node))) or ("*",)
 
     def swap(self, left, right, pattern, new):
         """Replace the operator between two nodes."""
@@ -285,3 +283,18 @@ def lines_in_functions(text):
     """The numbers of all lines in bodies of functions."""
     return {line for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
             for line in range(node.body[0].lineno, node.end_lineno + 1)}
+
+
+def stored(node):
+    """The names that a statement defines; the variables of a comprehension are nobody else's."""
+    parts = getattr(node, "targets", [getattr(node, "target", node)])
+    return {n.id for part in parts for n in ast.walk(part)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def definitions(text):
+    """[(names, words)] of a file's statements outside of functions: what they define, with what."""
+    tree = ast.parse(text)
+    bodies = [tree.body] + [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [(stored(node), set(re.findall(r"\w+", ast.unparse(node)))) for body in bodies
+            for node in body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]

@@ -1,4 +1,5 @@
 """The toy world: its files, its gold judge and its simulated annotators."""
+import hashlib
 import importlib.util
 import json
 import math
@@ -440,3 +441,68 @@ def test_a_prompt_with_one_answer_left_has_nothing_to_rank():
         dropped = Counter()
         found = annotate.annotate_row({**row, "samples": samples}, 0.3, random.Random(0), dropped)
         assert found is None and dropped == {**why, "prompts with fewer than 2 answers": 1}
+
+
+# ---- The world, by hand --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skill, subject, expected", [
+    ("sum", (3, 4), 7), ("reverse", ("sun", "tree", "boat"), ("boat", "tree", "sun")),
+    ("opposite", "hot", "cold"), ("opposite", "cold", "hot"), ("colour", "grass", "green"),
+    ("sound", "a cow", "moo"), ("identity", "name", "I am Mini, a small assistant.")])
+def test_what_is_true(skill, subject, expected):
+    assert world.truth(random.Random(0), skill, subject) == expected
+
+
+def test_a_true_list_holds_as_many_different_things_as_were_asked_for():
+    for number in (2, 3, 4):
+        found = world.truth(random.Random(0), "list", (number, "fruits"))
+        assert len(set(found)) == number and set(found) <= set(world.KINDS["fruits"])
+
+
+@pytest.mark.parametrize("skill, index, subject, frames", [
+    ("sum", 0, (2, 4), "all"), ("sum", 9, (4, 2), "all"), ("sum", 0, (2, 3), []),  # 2 + 3 * 4 = 14
+    ("reverse", 0, ("moon", "sun", "boat"), "all"),  # words 4, 0 and 2
+    ("reverse", 0, ("sun", "tree", "boat"), []),
+    ("colour", 0, "a banana", [0]), ("colour", 1, "a lemon", [1])])
+def test_which_combinations_are_held_out(skill, index, subject, frames):
+    n = len(world.frames(skill, subject))
+    held_out = [frame for frame in range(n) if world.is_held_out(skill, index, subject, frame)]
+    assert held_out == (list(range(n)) if frames == "all" else frames)
+
+
+@pytest.mark.parametrize("skill", world.COMBINATIONS)
+def test_the_split_keeps_all_combinations_and_shares_none(skill):
+    train, held_out = world.split_combinations(skill)
+    everything = [(subject, frame) for subject in world.subjects(skill)
+                  for frame in range(len(world.frames(skill, subject)))]
+    assert sorted(train + held_out, key=repr) == sorted(everything, key=repr)
+    assert not set(train) & set(held_out)
+    assert 0 < len(held_out) < len(train) and all(
+        world.is_held_out(skill, world.subjects(skill).index(subject), subject, frame)
+        for subject, frame in held_out)
+
+
+def test_the_judges_table_is_the_mean_of_each_skills_verdicts(capsys):
+    names = ["score", "correct", "manners", "safe", "form"]
+    flags = ["rude", "courteous", "refused", "complied", "malformed"]
+    one = {**{name: k + 1.0 for k, name in enumerate(names)}, **dict.fromkeys(flags, True)}
+    two = {**{name: k + 2.0 for k, name in enumerate(names)}, **dict.fromkeys(flags, False)}
+    judge.print_table([({"skill": "sum"}, one), ({"skill": "sum"}, two), ({"skill": "list"}, two)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["skill", "samples", *names, *flags],
+        ["sum", "2", "1.50", "2.50", "3.50", "4.50", "5.50", *["50.0%"] * 5],
+        ["list", "1", "2.00", "3.00", "4.00", "5.00", "6.00", *["0.0%"] * 5],
+        ["all", "3", "1.67", "2.67", "3.67", "4.67", "5.67", *["33.3%"] * 5]]
+
+
+def test_seed_0_writes_the_files_that_the_readmes_results_were_made_with(files, tmp_path):
+    """Bug: a probability or a word changes, and the tables speak of data that nobody can make.
+
+    Whoever changes the world on purpose makes the README's tables again, and then this digest.
+    """
+    for name, content in files.items():
+        prepare.write_file(tmp_path / name, content)
+    together = b"".join((tmp_path / name).read_bytes() for name in sorted(files))
+    assert hashlib.sha256(together).hexdigest()[:16] == "e45efb531a48e9d1"

@@ -1262,3 +1262,14 @@ def test_ppos_learning_rate_falls_once_an_iteration_whatever_the_epochs(road, tm
                  critic_lr=3e-3, final_lr=0.2)
         left = [1.0, 0.8, 0.6, 0.4]  # of the way from the peak down to a fifth of it
         assert seen == [pytest.approx([1e-3 * share] * 2 + [3e-3 * share] * 2) for share in left]
+
+
+def test_ppo_samples_and_scores_in_the_type_that_was_asked_for(road, tmp_path, monkeypatch):
+    """Bug: answers are sampled in another precision than the one that their log-probs are of."""
+    seen, generate = [], train_ppo.generate
+    monkeypatch.setattr(train_ppo, "generate", lambda *args, **options: seen.append(
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        or generate(*args, **options))
+    for dtype in ("float32", "bfloat16"):
+        collect(road, tmp_path / dtype, dtype=dtype)
+    assert seen[0][0] is False and seen[1] == (True, torch.bfloat16)

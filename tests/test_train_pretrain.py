@@ -1,6 +1,7 @@
 """Pretraining: its text, its weights at the start, its held-out loss, and that it learns."""
 
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import train_pretrain
 from conftest import awake_gpt
-from minirlhf.model import SIZES
+from minirlhf.model import GPT, SIZES, ModelConfig
 from minirlhf.plumbing.runs import load_checkpoint, load_model
 
 
@@ -103,3 +104,11 @@ def test_pretraining_draws_its_blocks_from_all_but_the_last_50th_of_the_text(roa
     held_out = torch.cat(trained[4:]).flatten().tolist()
     last = whole[int(0.98 * len(whole)):]
     assert held_out == last[: len(last) // 64 * 64][: 32 * 64]
+
+
+def test_the_default_model_of_pretraining_can_be_built_and_has_a_million_parameters():
+    cfg = train_pretrain.Config()
+    options = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)
+               if hasattr(cfg, field.name)}
+    model = GPT(ModelConfig(**{**options, "vocab_size": 1280}))
+    assert 0.8e6 < sum(p.numel() for p in model.parameters()) < 1.5e6

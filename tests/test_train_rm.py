@@ -1,5 +1,6 @@
 """The reward model: ranked answers, where scores are read, their scale, and that it learns."""
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -264,3 +265,40 @@ def test_check_38_the_reward_model_ranks_held_out_answers(road, tmp_path, monkey
     deviation = (sum((s - mean) ** 2 for s in scores) / len(scores)) ** 0.5
     assert abs(mean) < 0.5 and 0.6 < deviation < 1.6
     assert (model.score_mean, model.score_std) == measured[0][1]
+
+
+def measured(scores, ended, batch_size, monkeypatch):
+    """measure_scores of answers with these raw scores."""
+    parts = iter(zip(torch.tensor(scores).split(batch_size), torch.tensor(ended).split(batch_size)))
+    asked, now = [], {}
+
+    def generate(policy, prompts, max_new_tokens, stop_ids, generator):
+        asked.append((list(prompts), max_new_tokens, stop_ids))
+        now["scores"], ended = next(parts)
+        return SimpleNamespace(tokens=None, lengths=None, ended=ended)
+
+    monkeypatch.setattr(train_rm, "generate", generate)
+    model = SimpleNamespace(eval=lambda: None, score=lambda tokens, lengths: now["scores"])
+    run = SimpleNamespace(tokenizer=SimpleNamespace(end_id=7), generator=None,
+                          autocast=contextlib.nullcontext)
+    cfg = SimpleNamespace(batch_size=batch_size, max_new_tokens=5)
+    prompts = list(range(len(scores)))
+    found = train_rm.measure_scores(model, None, prompts, cfg, run)
+    assert [p for part, *_ in asked for p in part] == prompts
+    assert all(rest == [5, [7]] for _, *rest in asked)
+    return [x.item() for x in found]
+
+
+def test_scores_are_measured_on_the_answers_that_ended(monkeypatch):
+    mean, std = measured([1.0, 50.0, 2.0, 6.0, 90.0], [True, False, True, True, False], 2,
+                         monkeypatch)
+    assert mean == pytest.approx(3.0) and std == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    assert measured([1.0, 3.0], [True, True], 2, monkeypatch) == pytest.approx([2.0, 2**0.5])
+
+
+@pytest.mark.parametrize("scores, ended, message", [
+    ([1.0, 2.0, 3.0], [False, True, False], "fewer than 2 of 3 sampled answers ended"),
+    ([2.0, 2.0, 2.0], [True, True, True], "every answer got the same score")])
+def test_scores_that_cannot_be_normalised_are_refused(scores, ended, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        measured(scores, ended, 2, monkeypatch)
