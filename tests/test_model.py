@@ -443,3 +443,13 @@ def test_rotary_angles_have_the_published_base_unless_told_otherwise():
     other = GPT(tiny_config(positions="rope", n_layer=1, rope_theta=500.0)).double().eval()
     other.load_state_dict(model.state_dict())
     assert not torch.allclose(model(idx), other(idx))  # and the model reads it
+
+
+def test_fused_attention_computes_in_float32_on_a_cpu_also_under_autocast(generator):
+    """Bug: bf16 attention on a CPU, whose backward pass is ten times slower there, and coarser."""
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=generator)
+    plain = fused_attention(q, k, v, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fused_attention(q, k, v, None)
+        rounded = fused_attention(*(x.bfloat16() for x in (q, k, v)), None)
+    assert torch.equal(found, plain) and rounded.dtype == torch.float32

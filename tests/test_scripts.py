@@ -916,3 +916,22 @@ def test_check_38_each_step_has_its_own_learning_rate(stage, road, tmp_path, mon
     road.run(stage, tmp_path / "run", final_lr=0.1 if stage == "ppo" else 0.05, **options)
     assert len(rates) == len(steps) == len(expected)
     assert [rate for (_, rate), _ in rates] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("stage, says", [
+    ("sft", "| 40 dialogues of {}, 2 left out (longer than 64 tokens)\n"),
+    ("rm", "| 40 prompts of {}, 3 left out; answers left out: 1 identical, 2 longer than 64 "
+           "tokens\n"),
+    ("dpo", "| 40 pairs of {}; left out: 1 identical, 2 longer than 64 tokens\n")])
+def test_what_is_left_out_is_counted(stage, says, road, tmp_path, capsys):
+    """Bug: counts that run backwards, of which "-2 left out" was taken for "2 left out"."""
+    source = road.demonstrations if stage == "sft" else road.preferences
+    rows, long = [row for _, row in read_rows(source)], "moo " * 80
+    if stage == "sft":
+        rows += [{"messages": chat("cow?", long)}] * 2
+    else:
+        rows += [{"prompt": f"{i}?", "chosen": long, "rejected": "moo"} for i in range(2)]
+        rows += [{"prompt": "2?", "chosen": "moo", "rejected": "moo"}]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    road.run(stage, tmp_path / "run", data=data, too_long="drop")
+    assert says.format(data) in capsys.readouterr().out
