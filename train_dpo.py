@@ -181,7 +181,7 @@ def main(cfg):
 
     # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
     rows = read_preferences(cfg.data)
-    model, reference = run.model("init"), frozen(run.model("init"))
+    model = run.model("init")
     encoded = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
     texts = [pair["prompt"] for pair in encoded]
     train, held_out = ([encoded[i] for i in side] for side in
@@ -192,7 +192,8 @@ def main(cfg):
     plan = plan_batches(lengths, cfg.num_epochs, cfg.batch_size, run.data_order)
     num_steps, micro = len(plan), cfg.micro_batch_size or cfg.batch_size
 
-    # 3. Model, reference and optimizer.
+    # 3. Model, reference and optimizer. The reference is a distinct copy: it must not move.
+    reference = frozen(run.model("init"))
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 

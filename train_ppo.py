@@ -63,7 +63,7 @@ class Config:
     gamma: float = 1.0  # discount per token; up to 1
     lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone, 0 the critic alone; up to 1
     clip_range: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2  # largest move of a value per iteration (0: no clip)
+    value_clip: float = 0.2  # how far a value moves before its loss is clipped (0: never)
     score_clip: float = 5.0  # largest |normalised score| (0: no clip)
     missing_end_score: float = -3.0  # score of a response that never ended; any sign
     whiten: bool = True  # scale advantages to mean 0, deviation 1 over the rollout
