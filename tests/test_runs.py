@@ -374,3 +374,10 @@ def test_a_picture_without_a_name_lies_where_one_stands(road, tmp_path, monkeypa
     plot.main(["sft"])
     plot.main(["sft", "--step", "1"])
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["runs.png", "sequence.png"]
+
+
+def test_what_is_due_comes_every_so_many_steps_and_after_the_last():
+    """Bug: a run whose last step is no multiple ends without its last evaluation and checkpoint."""
+    assert [step for step in range(1, 12) if runs.due(step, 4, 11)] == [4, 8, 11]
+    assert [step for step in range(1, 9) if runs.due(step, 4, 8)] == [4, 8]
+    assert [step for step in range(1, 4) if runs.due(step, 100, 3)] == [3]

@@ -1,0 +1,62 @@
+"""Whole files, read and written: what is named when it fails, and that nothing is left half done."""
+
+import dataclasses
+import gzip
+from pathlib import Path
+
+import pytest
+
+from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import (MADE_BY, how_to_make, read_file, read_lines, write_atomically,
+                                     write_lines, write_text)
+
+
+def test_line_ends_stay_as_they_are(tmp_path):
+    for text in ("one\r\ntwo\n\nthree", "", "\N{GRINNING FACE}\r"):
+        write_text(tmp_path / "new" / "text.txt", text)
+        assert read_file(tmp_path / "new" / "text.txt") == text
+        assert (tmp_path / "new" / "text.txt").read_bytes() == text.encode("utf-8")
+    write_text(tmp_path / "a.txt", "one\r\ntwo")
+    assert list(read_lines(tmp_path / "a.txt")) == [(1, "one"), (2, "two")]
+
+
+def test_a_compressed_file_reads_like_a_plain_one(tmp_path):
+    assert write_lines(tmp_path / "a.txt.gz", iter(["one", "two"])) == 2
+    assert gzip.decompress((tmp_path / "a.txt.gz").read_bytes()) == b"one\ntwo\n"
+    assert read_file(tmp_path / "a.txt.gz") == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "rows.jsonl.gz"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+
+    def half(part):
+        part.write_bytes(b"half of the ne")
+        assert path.read_bytes() == b"old"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, half)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == [name]
+    write_atomically(str(path), lambda part: part.write_bytes(b"new"))
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_missing_file_is_answered_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="no such file; check the path"):
+        read_file(tmp_path / "x.txt")
+    assert how_to_make("out/preferences.jsonl") == (
+        "; make it with: python data/toy/annotate.py out/samples.jsonl --out out/preferences.jsonl")
+    assert how_to_make("sft") == "; make it with: python train_sft.py"
+    assert how_to_make(Path("out/mine")) == "; check the path"
+
+
+def test_every_default_input_of_a_script_has_its_command():
+    from tiny_road import SCRIPTS  # it imports every script
+
+    inputs = {field.default for script in SCRIPTS.values()
+              for field in dataclasses.fields(script.Config)
+              if field.type is str and "/" in str(field.default) and field.name != "out"}
+    for name in inputs:  # a run's folder is named after its stage
+        assert name.removeprefix("out/") in MADE_BY or name in MADE_BY, name
