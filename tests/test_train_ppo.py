@@ -144,6 +144,18 @@ def test_check_04_the_first_minibatchs_ratio_is_exactly_1(options, road, tmp_pat
     close(stats["ratio_mean"], 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_04_the_update_computes_in_the_rollouts_type(dtype, road, tmp_path, monkeypatch):
+    """Bug: an update without autocast, whose every first ratio corrects a rounding."""
+    rollout, actor, _, _, cfg, run = collect(road, tmp_path, dtype=dtype, num_epochs=1)
+    seen, loss_of = [], train_ppo.loss_of
+    monkeypatch.setattr(train_ppo, "loss_of", lambda *args: seen.append(
+        torch.is_autocast_enabled("cpu")) or loss_of(*args))
+    optimizers = [make_optimizer(part, 0.0) for part in (actor.policy, actor.critic)]
+    train_ppo.ppo_update(actor, optimizers, rollout, cfg, run, torch.Generator().manual_seed(0))
+    assert seen and set(seen) == {dtype == "bfloat16"}
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 5e-2)])
 def test_check_04_a_run_with_lr_0_keeps_every_ratio_at_1(dtype, tolerance, road, tmp_path,
                                                          monkeypatch):
