@@ -223,6 +223,9 @@ def test_evaluate_wants_somebody_to_score(refused, road, tmp_path):
     tied = {"prompt": "cow?", "output": ["moo", "Moo."], "ranks": [0, 0]}
     ties = write_rows(tmp_path / "ties.jsonl", [tied])
     assert "holds ties only" in refused("evaluate", preferences=ties)
+    one = write_rows(tmp_path / "one.jsonl", [tied, {**tied, "ranks": [0, 1]}])
+    with pytest.raises(AssertionError, match="training or sampling began"):  # that is enough
+        refused("evaluate", preferences=one)
     long = write_rows(tmp_path / "long.jsonl", [{**tied, "output": ["moo", "moo " * 99]}])
     assert "has an answer that ends at token" in refused("evaluate", preferences=long)
 

@@ -201,8 +201,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append((self.path, self.headers["Range"]))
         trouble = self.server.troubles.pop(0) if self.server.troubles else ""
         body = self.server.files.get(self.path)
-        if trouble == "busy" or body is None:
-            self.send_error(503 if body is not None else 404)
+        if trouble in ("busy", "broken") or body is None:
+            self.send_error(404 if body is None else 500 if trouble == "broken" else 503)
             return
         start = int((self.headers["Range"] or "bytes=0-")[6:-1])
         if trouble == "no range":
@@ -235,7 +235,7 @@ def server(monkeypatch):
 
 def test_download_tries_again_and_goes_on_where_it_stopped(server, tmp_path):
     body, path = server.files["/file"], tmp_path / "new" / "file"
-    server.troubles = ["busy", "break"]
+    server.troubles = ["broken", "break"]
     digest = download(server.url + "/file", str(path), wait=0.01)
     assert path.read_bytes() == body and digest == hashlib.sha256(body).hexdigest()
     assert [part for _, part in server.requests] == [None, None, "bytes=25000-"]

@@ -935,3 +935,19 @@ def test_what_is_left_out_is_counted(stage, says, road, tmp_path, capsys):
     data = write_rows(tmp_path / "data.jsonl", rows)
     road.run(stage, tmp_path / "run", data=data, too_long="drop")
     assert says.format(data) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
+def test_an_evaluation_computes_in_the_runs_type(stage, road, tmp_path, monkeypatch):
+    """Bug: a held-out loss in another precision than the training loss beside it."""
+    if stage == "pretrain":
+        run = start_run(road.config(stage, tmp_path / stage, dtype="bfloat16"), {})
+        model = build_model(load_checkpoint(road.folder / "pretrain"))
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text())[: 4 * 64]).view(4, 64)
+    else:
+        model, rows, run = start(stage, road, tmp_path, dtype="bfloat16")
+    seen, loss_of = [], SCRIPTS[stage].loss_of
+    monkeypatch.setattr(SCRIPTS[stage], "loss_of", lambda *args: seen.append(
+        torch.is_autocast_enabled("cpu")) or loss_of(*args))
+    SCRIPTS[stage].evaluate(model, rows, run.cfg, run)
+    assert seen and all(seen)

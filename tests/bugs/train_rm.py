@@ -17,6 +17,7 @@ BUGS = [
     Bug("evaluate", 'e["ranks"][i] < e["ranks"][j]', "i < j", "test_check_28",
         "ties count as pairs in the accuracy"),
     Bug("measure_scores", "rollout.tokens, rollout.lengths",
-        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) + [run.tokenizer.end_id] for p, r in zip(prompts[start:], rollout.responses())])",
+        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) "
+        "+ [run.tokenizer.end_id] for p, r in zip(part, rollout.responses())])",
         "test_check_36", "the scores' scale is measured on text that was encoded again"),
 ]
