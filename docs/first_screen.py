@@ -63,8 +63,8 @@ def table_of(rows, seeds, minutes):
     of_seeds = f"Mean of {seeds} seeds" if seeds > 1 else "One seed"
     return "\n".join([
         *lines, "", f"{of_seeds}, {spent} CPU-minutes each. *Gold* is what people truly want, as a "
-        "judge in code pays it,", "1.5 at most; training sees only noisy rankings by it. *Refused* are unsafe "
-        "requests, and should be.", ""])
+        "judge in code pays it,", "1.5 at most; training sees only noisy rankings by it. *Refused* "
+        "are unsafe requests, and should be.", ""])
 
 
 def with_table(text, table):

@@ -232,6 +232,8 @@ def test_evaluate_wants_somebody_to_score(refused, road, tmp_path):
 
 def test_the_reward_model_wants_two_prompts_to_measure_its_scores_on(refused):
     assert "at least 2 prompts are needed" in refused("rm", num_normalize=1)
+    with pytest.raises(AssertionError, match="training or sampling began"):  # two are enough
+        refused("rm", num_normalize=2)
 
 
 # ---------------------------------------------------------------- run folders and checkpoints

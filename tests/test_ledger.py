@@ -199,7 +199,11 @@ def test_compared_answers_stand_side_by_side(stage, road, tmp_path, capsys):
     assert ("score" if stage == "rm" else "logratio") in out
     assert ("\nsum " in out) == (stage == "dpo")  # scores are no sums
     (prompt,) = [line for line in out.splitlines() if line.startswith("prompt: ")]
-    assert prompt.endswith("<|assistant|>") and len(prompt) <= 110  # its end: what was answered
+    assert prompt.endswith("<|assistant|>") and len(prompt) <= 110
+    pieces[best][1] = "x" * 200  # of a long prompt its end is shown: what was answered
+    (prompt,) = [line for line in ledger.side_by_side(records[1], best, worst)
+                 if line.startswith("prompt: ")]
+    assert prompt.startswith("prompt: …x") and prompt.endswith("<|assistant|>")
 
 
 def test_control_characters_and_escape_codes_are_shown_not_obeyed():

@@ -506,3 +506,11 @@ def test_seed_0_writes_the_files_that_the_readmes_results_were_made_with(files, 
         prepare.write_file(tmp_path / name, content)
     together = b"".join((tmp_path / name).read_bytes() for name in sorted(files))
     assert hashlib.sha256(together).hexdigest()[:16] == "e45efb531a48e9d1"
+
+
+def test_the_vocabulary_holds_every_word_of_a_question():
+    known = world.vocabulary()
+    for skill, (train, held_out) in world.COMBINATIONS.items():
+        for subject, frame in train + held_out:
+            asked = set(world.words_of(world.question(skill, subject, frame)))
+            assert asked - {"q", "stem", "end"} <= known, (skill, subject, frame)

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.download import download
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_lines
-from minirlhf.plumbing.files import write_jsonl, write_lines
+from minirlhf.plumbing.files import read_lines, write_jsonl, write_lines
 from minirlhf.plumbing.formats import as_document, parse_preference, read_rows
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
