@@ -243,7 +243,7 @@ def main(cfg):
             batch = make_batch(part, run.device)
             ledger.record(step, lambda: tensors_of(model, batch, cfg, run))
             with run.autocast():
-                losses, _ = loss_of(model, batch, cfg)  # (b,)
+                losses, _ = loss_of(model, batch, cfg)
             micro_loss = losses.sum() / denominator
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()

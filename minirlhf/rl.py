@@ -16,8 +16,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
       k1 = d                    unbiased, can be negative; what goes into the reward by default
       k2 = d^2 / 2              biased, never negative
       k3 = exp(-d) - 1 + d      unbiased, never negative
-    Source: Schulman, "Approximating KL divergence" (2020). As a *loss* on sampled tokens they behave
-    differently: in expectation k1's gradient is zero; k2's is that of the KL, of each token given
+    Source: Schulman, "Approximating KL divergence" (2020). As a *loss* on sampled tokens they
+    behave differently: in expectation k1's gradient is zero; k2's is that of the KL, of each token given
     its prefix, or of whole sequences if the summed d is squared; k3's, of the summed d, is that of
     the other direction, KL(reference || policy).
     """

@@ -101,8 +101,8 @@ def judge_manners(task, kinds, one_word, refused, rude, apologised):
 def judge(row, response, ended=True):
     """Scores one response to one prompt.
 
-    `row` is a prompt with the meta key "task" (a canonical row of minirlhf.plumbing.formats.read_prompts,
-    or a raw one with "task" beside "messages"); `response` the text; `ended` whether it closed
+    `row` is a prompt with the meta key "task" (a canonical row of `formats.read_prompts`, or a raw
+    one with "task" beside "messages"); `response` the text; `ended` whether it closed
     with the end token. Returns a dict: "score" and its parts "correct", "manners", "safe", "form"
     (floats that add up to it), then the flags rude, courteous (one opening, one answer),
     refused, over_refused, complied, malformed. Raises ValueError for a row without a task.

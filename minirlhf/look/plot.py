@@ -1,7 +1,7 @@
 """Pictures of runs, drawn from their metrics.jsonl and their ledgers.
 
     python -m minirlhf.look.plot out/ppo out/dpo --save out/both.png
-    python -m minirlhf.look.plot out/ppo --step 40 --row 2        (a heat map of one sequence's tensors)
+    python -m minirlhf.look.plot out/ppo --step 40 --row 2    (a heat map of one sequence's tensors)
 """
 
 import argparse
