@@ -36,7 +36,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(name, tmp_
         assert path.read_bytes() == b"old"
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"{name} cannot be written .disk full.; make room"):
         write_atomically(path, half)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == [name]
     write_atomically(str(path), lambda part: part.write_bytes(b"new"))

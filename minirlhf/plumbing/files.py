@@ -84,17 +84,74 @@ def read_lines(path):
 
 # ---------------------------------------------------------------- writing
 
+@contextmanager
+def writing(path):
+    """Turn whatever the system answers while `path` is written into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); make room or give "
+                        "another place") from None
+
+
 def write_atomically(path, write):
     """Call write(a path beside `path`), then rename: readers see the old file or the new, never
-    half of one, and a write that fails leaves nothing behind. Missing folders are made."""
+    half of one, and a write that fails leaves nothing behind. Missing folders are made.
+
+    File and folder are flushed to the disk, so that this holds when the power fails, too. Raises
+    UserError naming `path` on a full disk, a read-only folder, a folder in its place.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(part)
+            flush(part)
+            os.replace(part, path)
+            flush(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def flush(path):
+    """Wait until a file's or a folder's content is on the disk. Windows can't flush a folder."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        write(part)
-        os.replace(part, path)
+        os.fsync(handle)
     finally:
-        part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def check_output(path, ours):
+    """Refuse, before any work is done, a file that can't be written at its end, or that would
+    replace one which this project did not write.
+
+    ours: a function of the text of a file that exists; true where this project wrote it.
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    check_writable(path.parent)
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path} is write-protected; give another name")
+        if not ours(read_file(path)):
+            raise UserError(f"{path} exists, and minirlhf did not write it; give another name, or "
+                            "move it away")
+
+
+def check_writable(folder):
+    """Refuse a folder in which nothing can be written, or that can't be made. It is not made."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{folder} can't be a folder, since {place} is a file; give another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} can't be written; give another place")
 
 
 def write_text(path, text):
