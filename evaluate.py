@@ -23,7 +23,9 @@ from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_jsonl, write_text
 from minirlhf.plumbing.formats import read_preferences, read_prompts
-from minirlhf.plumbing.runs import autocast, load_function, load_model, pick_device, pick_dtype
+from minirlhf.plumbing.checkpoints import load_model
+from minirlhf.plumbing.devices import autocast, pick_device, pick_dtype
+from minirlhf.plumbing.runs import load_function
 from minirlhf.plumbing.stats import compare, wilson
 
 

@@ -20,7 +20,8 @@ from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_jsonl
 from minirlhf.plumbing.formats import read_prompts, spread_meta
-from minirlhf.plumbing.runs import autocast, load_model, pick_device, pick_dtype
+from minirlhf.plumbing.checkpoints import load_model
+from minirlhf.plumbing.devices import autocast, pick_device, pick_dtype
 from minirlhf.look.ledger import Ledger
 
 

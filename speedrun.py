@@ -23,7 +23,7 @@ from pathlib import Path
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_text
-from minirlhf.plumbing.runs import read_metrics
+from minirlhf.plumbing.folders import read_metrics
 from minirlhf.plumbing.stats import wilson
 from minirlhf.look.plot import draw_gold_by_stage, draw_reward_against_kl, draw_road
 

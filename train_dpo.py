@@ -21,11 +21,12 @@ from minirlhf.batches import (encode_answer, fit, micro_batches, pad_right, plan
                               shifted_mask, split_by_prompt)
 from minirlhf.losses import dpo_loss
 from minirlhf.masked import sequence_logprobs, token_logprobs
+from minirlhf.plumbing.checkpoints import frozen
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
 from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
-from minirlhf.plumbing.runs import due, frozen, start_run
+from minirlhf.plumbing.runs import due, start_run
 from minirlhf.look.ledger import Ledger
 from minirlhf.look.plot import draw_curves
 
@@ -52,10 +53,11 @@ class Config:
     save_every: int = 100  # steps between checkpoints; above 0
     ledger_every: int = 10  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order
-    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    device: str = ""  # cuda, cpu or mps (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
     threads: int = 1  # CPU threads; one is the most efficient at this size
-    resume: bool = False  # go on with the run in out
+    tensorboard: bool = False  # write the log for TensorBoard, too (pip install tensorboard)
+    resume: bool = False  # go on with the run in out, with its options
     overwrite: bool = False  # start anew where out holds a run
 
 
@@ -177,7 +179,7 @@ def tensors_of(model, reference, batch, cfg, run):
 
 def main(cfg):
     # 1. Set-up: the folder, the SFT model's checkpoint and tokenizer.
-    run = start_run(cfg, needs={"init": "sft"})
+    run = start_run(cfg, needs={"init": "sft"}, reads=["data"])
 
     # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
     rows = read_preferences(cfg.data)
@@ -197,24 +199,20 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
-    def largest_batch():
-        longest = {**train[lengths.index(max(lengths))], "ref_chosen_logp": 0.0,
-                   "ref_rejected_logp": 0.0}
-        with run.autocast():
-            losses, _ = loss_of(
-                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
-        losses.sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
+    longest = max(encoded, key=lambda pair: max(len(pair["chosen"][0]), len(pair["rejected"][0])))
+    longest = {**longest, "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
+    longest = make_batch([longest] * min(micro, cfg.batch_size, len(train)), run.device)
+    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
+                  [lambda: tensors_of(model, reference, longest, cfg, run)],
+                  options="--micro_batch_size or --batch_size")
     add_reference(reference, encoded, cfg, run)
-    first_step = run.restore(model=model, optimizer=optimizer)
+    run.restore(num_steps, model=model, optimizer=optimizer)
 
     # 4. The loop.
     ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
     model.train()
     num_tokens = 0
-    for step in range(first_step + 1, num_steps + 1):
+    for step in run.steps():
         examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         denominator = len(examples)  # however the batch is split, each pair weighs the same
@@ -225,21 +223,23 @@ def main(cfg):
             with run.autocast():
                 losses, _ = loss_of(model, batch, cfg)
             micro_loss = losses.sum() / denominator
+            run.check_finite(model, batch, loss=micro_loss)
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
             num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.check_finite(model, batch, grad_norm=grad_norm)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         if due(step, cfg.eval_every, num_steps):
-            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+            run.log(num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-        if due(step, cfg.save_every, num_steps):
-            run.save(step, model=model, optimizer=optimizer)
+        if run.save_due():
+            run.save(model=model, optimizer=optimizer)
     draw_curves(run.folder)
     return run.history
 

@@ -20,23 +20,25 @@ On GPU:  python train_ppo.py --init out/my_sft --reward_model out/my_rm --prompt
 """
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
 from minirlhf.batches import encode_prompts, micro_batches, response_mask
-from minirlhf.generate import generate
+from minirlhf.generate import generate, join
 from minirlhf.losses import ppo_policy_loss, ppo_value_loss, surrogate_losses
 from minirlhf.masked import (entropy, masked_mean, masked_sum, masked_var, masked_whiten,
                              token_logprobs)
 from minirlhf.model import ActorCritic
 from minirlhf.rl import adapt_beta, gae, kl_estimate, normalize_scores, token_rewards
+from minirlhf.plumbing.checkpoints import frozen
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_prompts
 from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
-from minirlhf.plumbing.runs import due, frozen, load_function, start_run
+from minirlhf.plumbing.runs import due, load_function, start_run
 from minirlhf.look.ledger import Ledger
 from minirlhf.look.plot import draw_curves
 
@@ -51,9 +53,10 @@ class Config:
     rollout_size: int = 96  # prompts per iteration, one response each; above 0
     max_new_tokens: int = 40  # longest response in tokens; above 0
     temperature: float = 1.0  # of sampling, and of every log-prob
+    sample_batch_size: int = 0  # responses sampled at once (0: the whole rollout)
     num_epochs: int = 2  # passes over each rollout; above 0
     minibatch_size: int = 48  # responses per optimizer step; above 0
-    micro_batch_size: int = 24  # responses per forward pass of the update (0: the whole minibatch)
+    micro_batch_size: int = 24  # responses scored, or trained on, at once (0: the whole minibatch)
     lr: float = 1.5e-4  # learning rate of the policy
     critic_lr: float = 3e-4  # learning rate of the separate critic
     final_lr: float = 0.1  # last learning rate, as a share of the first
@@ -76,48 +79,69 @@ class Config:
     save_every: int = 20  # iterations between checkpoints; above 0
     ledger_every: int = 5  # iterations between records of every tensor (0: none)
     seed: int = 0  # of the prompts' order and of sampling
-    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    device: str = ""  # cuda, cpu or mps (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
     threads: int = 1  # CPU threads; one is the most efficient at this size
-    resume: bool = False  # go on with the run in out
+    tensorboard: bool = False  # write the log for TensorBoard, too (pip install tensorboard)
+    resume: bool = False  # go on with the run in out, with its options
     overwrite: bool = False  # start anew where out holds a run
 
 
+def in_parts(read, cfg, *tensors):
+    """read(*rows of each tensor) -> a tuple of tensors, for some rows after the other, joined.
+
+    A whole rollout's logits, (B, T, V), would be by far the largest thing in memory.
+    """
+    size = cfg.micro_batch_size or cfg.minibatch_size
+    parts = [read(*rows) for rows in zip(*(tensor.split(size) for tensor in tensors))]
+    return [torch.cat(part) for part in zip(*parts)]
+
+
 @torch.no_grad()
-def sample_responses(actor, prompts, cfg, run):
+def sample_responses(actor, prompts, cfg, run, stop_ids=None):
     """Sample: a response to each prompt, and what policy and critic say of its every token.
 
-    prompts: B lists of ids. Returns the rollout's first tensors; each step below adds its own.
+    prompts: B lists of ids; stop_ids: what ends a response (None: the end token). Returns the
+    rollout's first tensors; each step below adds its own.
     """
     actor.eval()
+    stop_ids = [run.tokenizer.end_id] if stop_ids is None else stop_ids
     # Dropout is off, and no top-k or top-p: what is sampled is what will be scored.
     with run.autocast():
-        sampled = generate(actor.policy, prompts, cfg.max_new_tokens, [run.tokenizer.end_id],
-                           cfg.temperature, generator=run.generator)
+        sampled = join([generate(actor.policy, part, cfg.max_new_tokens, stop_ids,
+                                 cfg.temperature, generator=run.generator)
+                        for part in micro_batches(prompts, cfg.sample_batch_size or len(prompts))])
     tokens, prompt_lens, lengths = sampled.tokens, sampled.prompt_lens, sampled.lengths
     mask = response_mask(prompt_lens, lengths, tokens.shape[1])  # (B, T-1)
 
-    # One forward pass; logits[:, t] predicts tokens[:, t+1], hence the shift. The log-probs come
-    # from this pass and not from the decoding cache, whose arithmetic differs.
-    with run.autocast():
-        logits, values = actor(tokens)  # (B, T, V), (B, T)
-    logits = logits[:, :-1].float() / cfg.temperature  # (B, T-1, V), the distribution sampled from
-    logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
-    zero = torch.zeros_like(logprobs)  # (B, T-1)
-    return {
-        "tokens": tokens, "prompt_lens": prompt_lens, "lengths": lengths, "ended": sampled.ended,
-        "response_mask": mask, "logprobs": torch.where(mask, logprobs, zero),
-        "values": torch.where(mask, values[:, :-1], zero),  # before tokens[:, 1:] is emitted
-        # For the log only, and only where the mask is True: a softmax of all of it costs memory.
-        "entropy": zero.masked_scatter(mask, entropy(logits[mask])),
-    }
+    def read(tokens, mask):  # (b, T), (b, T-1)
+        # One forward pass; logits[:, t] predicts tokens[:, t+1], hence the shift. The log-probs
+        # come from this pass and not from the decoding cache, whose arithmetic differs.
+        with run.autocast():
+            logits, values = actor(tokens)  # (b, T, V), (b, T)
+        logits = logits[:, :-1].float() / cfg.temperature  # (b, T-1, V), what was sampled from
+        logprobs = token_logprobs(logits, tokens[:, 1:])  # (b, T-1)
+        zero = torch.zeros_like(logprobs)  # (b, T-1)
+        return (torch.where(mask, logprobs, zero),
+                torch.where(mask, values[:, :-1], zero),  # before tokens[:, 1:] is emitted
+                # For the log only, where the mask is True: a softmax of it all costs memory.
+                zero.masked_scatter(mask, entropy(logits[mask])))
+
+    logprobs, values, nats = in_parts(read, cfg, tokens, mask)  # each (B, T-1)
+    return {"tokens": tokens, "prompt_lens": prompt_lens, "lengths": lengths,
+            "ended": sampled.ended, "response_mask": mask, "logprobs": logprobs, "values": values,
+            "entropy": nats}
 
 
 @torch.no_grad()
 def score_responses(reward_model, rollout, cfg, run):
     """Score: one number for each whole response, (B,), on the scale of the SFT model's answers."""
-    with run.autocast():
-        raw_scores = reward_model.score(rollout["tokens"], rollout["lengths"])  # (B,), last token
+
+    def read(tokens, lengths):  # (b, T), (b,)
+        with run.autocast():
+            return (reward_model.score(tokens, lengths),)  # (b,), at the last token
+
+    (raw_scores,) = in_parts(read, cfg, rollout["tokens"], rollout["lengths"])  # (B,)
     return normalize_scores(raw_scores, reward_model.score_mean, reward_model.score_std,
                             cfg.score_clip, rollout["ended"], cfg.missing_end_score)  # (B,)
 
@@ -126,10 +150,14 @@ def score_responses(reward_model, rollout, cfg, run):
 def reward_tokens(reference, rollout, beta, cfg, run):
     """KL reward: every token pays for its distance to the reference, the last one gets the score."""
     tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
-    with run.autocast():
-        ref_logits = reference(tokens)  # (B, T, V)
-    ref_logits = ref_logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
-    ref_logprobs = token_logprobs(ref_logits, tokens[:, 1:])  # (B, T-1)
+
+    def read(tokens):  # (b, T)
+        with run.autocast():
+            ref_logits = reference(tokens)  # (b, T, V)
+        ref_logits = ref_logits[:, :-1].float() / cfg.temperature  # (b, T-1, V)
+        return (token_logprobs(ref_logits, tokens[:, 1:]),)  # (b, T-1)
+
+    (ref_logprobs,) = in_parts(read, cfg, tokens)  # (B, T-1)
     ref_logprobs = torch.where(mask, ref_logprobs, torch.zeros_like(ref_logprobs))
     kl = kl_estimate(rollout["logprobs"], ref_logprobs, cfg.kl_kind)  # (B, T-1)
     rewards = token_rewards(rollout["scores"], kl, mask, beta)  # (B, T-1)
@@ -145,13 +173,13 @@ def estimate_advantages(rollout, cfg):
             "whitened_advantages": whitened_advantages}
 
 
-def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run):
+def collect_rollout(actor, reference, reward_model, prompts, beta, cfg, run, stop_ids=None):
     """Sample a response to each prompt and work out what its every token earned.
 
     prompts: B lists of ids. Returns a dict of tensors on the grid (see the module's docstring). A
     rule that checks answers could stand in for the second step, a baseline for the fourth.
     """
-    rollout = sample_responses(actor, prompts, cfg, run)
+    rollout = sample_responses(actor, prompts, cfg, run, stop_ids)
     rollout["scores"] = score_responses(reward_model, rollout, cfg, run)  # (B,)
     rollout |= reward_tokens(reference, rollout, beta, cfg, run)
     rollout |= estimate_advantages(rollout, cfg)
@@ -206,6 +234,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             with run.autocast():
                 losses, part = loss_of(actor, batch, cfg)
             micro_loss = losses.sum() / denominator
+            run.check_finite(actor.policy, batch, loss=micro_loss)
             run.scaler.scale(micro_loss).backward()
             share = batch["response_mask"].sum() / denominator  # of the minibatch's tokens
             stats = {name: stats.get(name, 0) + value * share for name, value in part.items()}
@@ -218,6 +247,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             run.scaler.unscale_(optimizer)
             params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            run.check_finite(actor.policy, batch, grad_norm=norm)
             norms.setdefault(name, []).append(norm)  # of each step that is made
             run.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -230,23 +260,27 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
 def tensors_of(actor, rollout, cfg, run):
     """For the ledger: the rollout, and what the updated policy and critic say of its tokens."""
     tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
-    with run.autocast():
-        logits, new_values = actor(tokens)  # (B, T, V), (B, T)
-    logits = logits[:, :-1].float() / cfg.temperature  # (B, T-1, V)
-    new_logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T-1)
+
+    def read(tokens):  # (b, T)
+        with run.autocast():
+            logits, new_values = actor(tokens)  # (b, T, V), (b, T)
+        logits = logits[:, :-1].float() / cfg.temperature  # (b, T-1, V)
+        return token_logprobs(logits, tokens[:, 1:]), new_values[:, :-1]  # (b, T-1), (b, T-1)
+
+    new_logprobs, new_values = in_parts(read, cfg, tokens)  # (B, T-1), (B, T-1)
     new_logprobs = torch.where(mask, new_logprobs, torch.zeros_like(new_logprobs))
     ratio = torch.exp(new_logprobs - rollout["logprobs"])  # (B, T-1), 1 outside the mask
     unclipped, clipped = surrogate_losses(ratio, rollout["whitened_advantages"], cfg.clip_range)
     return {**rollout, "new_logprobs": new_logprobs, "ratio": ratio, "clipped": clipped > unclipped,
-            "new_values": torch.where(mask, new_values[:, :-1], torch.zeros_like(ratio))}
+            "new_values": torch.where(mask, new_values, torch.zeros_like(ratio))}
 
 
 def summarise(rollout, beta):
     """What is logged of a rollout: means over responses, or over response tokens."""
     mask, returns = rollout["response_mask"], rollout["returns"]  # (B, T-1), (B, T-1)
-    # 1: the critic foresaw every return; 0: it did no better than their mean.
-    explained = 1 - (masked_var(returns - rollout["values"], mask)
-                     / masked_var(returns, mask).clamp(min=1e-8))
+    # 1: the critic foresaw every return; 0: it did no better than their mean, or all were equal.
+    spread = masked_var(returns, mask)
+    explained = 1 - masked_var(returns - rollout["values"], mask) / spread if spread > 1e-8 else 0.0
     return {
         "score": rollout["scores"].mean(), "kl": masked_sum(rollout["kl"], mask, dim=1).mean(),
         "reward": masked_sum(rollout["rewards"], mask, dim=1).mean(), "beta": beta,
@@ -257,7 +291,7 @@ def summarise(rollout, beta):
 
 def main(cfg):
     # 1. Set-up: the folder, both checkpoints and the tokenizer that they share.
-    run = start_run(cfg, needs={"init": "sft", "reward_model": "rm"})
+    run = start_run(cfg, needs={"init": "sft", "reward_model": "rm"}, reads=["prompts", "judge"])
     judge = load_function(cfg.judge) if cfg.judge else None
     if cfg.temperature == 0:
         raise UserError("--temperature 0: greedy answers have no log-probs to learn from; PPO "
@@ -269,6 +303,9 @@ def main(cfg):
     prompts = encode_prompts(run.tokenizer, rows, policy.cfg.block_size, cfg.prompts)
     # plan[step - 1] lists the prompts of an iteration; each comes once before any comes again.
     num_needed = cfg.num_steps * cfg.rollout_size
+    if num_needed > 10**8:
+        raise UserError(f"--num_steps {cfg.num_steps} of --rollout_size {cfg.rollout_size}: "
+                        f"{num_needed:,} responses are more than any run samples; lower one of them")
     passes = [torch.randperm(len(prompts), generator=run.data_order)
               for _ in range(math.ceil(num_needed / len(prompts)))]
     plan = torch.cat(passes)[:num_needed].view(cfg.num_steps, cfg.rollout_size).tolist()
@@ -290,29 +327,20 @@ def main(cfg):
     optimizers = [make_optimizer(part, lr, eps=1e-5) for part, lr in zip(parts, rates)]
     print(f"model  | {sum(p.numel() for p in actor.parameters()):,} trained parameters")
 
-    def largest_batch():
-        """The longest prompt with a response that fills its room, scored and trained on."""
-        B, T = cfg.rollout_size, min(policy.cfg.block_size,
-                                     max(map(len, prompts)) + cfg.max_new_tokens)
-        rollout = {name: torch.zeros(B, T - 1, device=run.device) for name in (
-            "logprobs", "values", "returns", "whitened_advantages")}
-        rollout["tokens"] = torch.zeros(B, T, dtype=torch.int64, device=run.device)
-        rollout["lengths"] = torch.full((B,), T, device=run.device)
-        rollout["response_mask"] = torch.ones(B, T - 1, dtype=torch.bool, device=run.device)
-        with torch.no_grad(), run.autocast():
-            logits = [model(rollout["tokens"]) for model in (actor.policy, reference)]
-            for one in logits:
-                token_logprobs(one[:, :-1].float(), rollout["tokens"][:, 1:])
-        rows = list(range(min(B, cfg.micro_batch_size or cfg.minibatch_size)))
-        with run.autocast():
-            losses, _ = loss_of(actor, make_batch(rollout, rows), cfg)
-        losses.sum().backward()
-        actor.zero_grad(set_to_none=True)
+    @functools.cache
+    def largest_rollout():
+        """The longest prompt, answered by every row as far as there is room."""
+        return collect_rollout(actor, reference, reward_model, [max(prompts, key=len)]
+                               * cfg.rollout_size, cfg.beta, cfg, run, stop_ids=[-1])
 
-    run.preflight(largest_batch, "--rollout_size, --micro_batch_size or --max_new_tokens")
+    rows_at_once = list(range(min(cfg.rollout_size, cfg.minibatch_size,
+                                  cfg.micro_batch_size or cfg.minibatch_size)))
+    run.preflight(actor, lambda: loss_of(actor, make_batch(largest_rollout(), rows_at_once), cfg)[0],
+                  [lambda: tensors_of(actor, largest_rollout(), cfg, run)],
+                  options="--sample_batch_size, --micro_batch_size or --max_new_tokens")
     # A checkpoint holds the policy as `model`, which later stages load, and the critic in `actor`.
     saved = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    first_step = run.restore(model=policy, actor=actor, **saved)
+    run.restore(cfg.num_steps, model=policy, actor=actor, **saved)
     beta = cfg.beta
     if cfg.kl_target > 0 and run.history:  # resumed: take the step that follows the last logged one
         beta = adapt_beta(run.history[-1]["beta"], run.history[-1]["kl"], cfg.kl_target,
@@ -320,7 +348,7 @@ def main(cfg):
 
     # 4. The loop.
     ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
-    for step in range(first_step + 1, cfg.num_steps + 1):
+    for step in run.steps():
         for optimizer, lr in zip(optimizers, rates):
             set_lr(optimizer, lr_at(step - 1, cfg.num_steps, lr, 0, cfg.final_lr, "linear"))
         chosen = plan[step - 1]
@@ -338,16 +366,17 @@ def main(cfg):
             rollout["tokens"].tolist(), rollout["prompt_lens"].tolist(),
             rollout["lengths"].tolist())]
         if judge:
-            golds = [judge(rows[i], response, ended)["score"] for i, response, ended in zip(
-                chosen, responses, rollout["ended"].tolist())]
-            summary["gold"] = sum(golds) / len(golds)
-        run.log(step, cfg.num_steps, rollout["lengths"].sum().item(), **summary, **stats)
+            with run.postponing():  # its errors, until the step is saved
+                golds = [judge(rows[i], response, ended)["score"] for i, response, ended in zip(
+                    chosen, responses, rollout["ended"].tolist())]
+                summary["gold"] = sum(golds) / len(golds)
+        run.log(rollout["lengths"].sum().item(), **summary, **stats)
         if due(step, cfg.eval_every, cfg.num_steps):
             for i, response, score in list(zip(chosen, responses, rollout["scores"].tolist()))[:3]:
-                run.show(step, f"  user: {rows[i]['messages'][-1]['content']}\n"
-                               f"  model: {response}   (score {score:.2f})")
-        if due(step, cfg.save_every, cfg.num_steps):
-            run.save(step, model=policy, actor=actor, **saved)
+                run.show(f"  user: {rows[i]['messages'][-1]['content']}\n"
+                         f"  model: {response}   (score {score:.2f})")
+        if run.save_due():
+            run.save(model=policy, actor=actor, **saved)
     draw_curves(run.folder)
     return run.history
 

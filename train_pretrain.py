@@ -55,10 +55,11 @@ class Config:
     eval_every: int = 500  # steps between evaluations; above 0
     save_every: int = 1000  # steps between checkpoints; above 0
     seed: int = 0  # of weights and data order
-    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    device: str = ""  # cuda, cpu or mps (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
     threads: int = 1  # CPU threads; one is the most efficient at this size
-    resume: bool = False  # go on with the run in out
+    tensorboard: bool = False  # write the log for TensorBoard, too (pip install tensorboard)
+    resume: bool = False  # go on with the run in out, with its options
     overwrite: bool = False  # start anew where out holds a run
 
 
@@ -86,7 +87,7 @@ def evaluate(model, blocks, cfg, run):
 
 def main(cfg):
     # 1. Set-up: the folder, the tokenizer.
-    run = start_run(cfg, needs={})
+    run = start_run(cfg, needs={}, reads=["text", "tokenizer"])
     run.tokenizer = Tokenizer.open(cfg.tokenizer)
 
     # 2. Data: one stream of tokens; its last 2% are held out.
@@ -110,26 +111,22 @@ def main(cfg):
         model_cfg = ModelConfig(**{name: getattr(cfg, name) for name in ModelConfig.__annotations__
                                    if hasattr(cfg, name)})
     model_cfg.vocab_size = run.tokenizer.n_vocab
+    run.check_size(model_cfg)
     model = GPT(model_cfg).to(run.device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"data   | {len(train):,} training tokens, {len(rest):,} held out, "
           f"{cfg.num_steps * cfg.batch_size * cfg.block_size / len(train):.1f} epochs")
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    def largest_batch():
-        with run.autocast():
-            losses, _ = loss_of(model, {
-                "tokens": train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device)}, cfg)
-        losses.sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    run.preflight(largest_batch, "--batch_size or --block_size")
-    first_step = run.restore(model=model, optimizer=optimizer)
+    longest = {"tokens": train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device)}  # (B, T)
+    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
+                  options="--batch_size or --block_size")
+    run.restore(cfg.num_steps, model=model, optimizer=optimizer)
 
     # 4. The loop.
     model.train()
     num_tokens = 0
-    for step in range(first_step + 1, cfg.num_steps + 1):
+    for step in run.steps():
         blocks = train[starts[step - 1][:, None] + torch.arange(cfg.block_size)]  # (B, T)
         set_lr(optimizer, lr_at(step - 1, cfg.num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         denominator = blocks[:, 1:].numel()  # each block's first token is predicted by nothing
@@ -137,21 +134,22 @@ def main(cfg):
         with run.autocast():
             losses, _ = loss_of(model, batch, cfg)
         loss = losses.sum() / denominator
+        run.check_finite(model, batch, loss=loss)
         run.scaler.scale(loss).backward()
         num_tokens += blocks.numel()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.check_finite(model, batch, grad_norm=grad_norm)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         if due(step, cfg.eval_every, cfg.num_steps):
-            run.log(step, cfg.num_steps, num_tokens, loss=loss,
-                    **evaluate(model, held_out, cfg, run), grad_norm=grad_norm,
-                    lr=optimizer.param_groups[0]["lr"])
+            run.log(num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+                    grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-        if due(step, cfg.save_every, cfg.num_steps):
-            run.save(step, model=model, optimizer=optimizer)
+        if run.save_due():
+            run.save(model=model, optimizer=optimizer)
     draw_curves(run.folder)
     return run.history
 

@@ -51,10 +51,11 @@ class Config:
     save_every: int = 100  # steps between checkpoints; above 0
     ledger_every: int = 20  # steps between records of every tensor (0: none)
     seed: int = 0  # of the data order and of sampling
-    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    device: str = ""  # cuda, cpu or mps (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
     threads: int = 1  # CPU threads; one is the most efficient at this size
-    resume: bool = False  # go on with the run in out
+    tensorboard: bool = False  # write the log for TensorBoard, too (pip install tensorboard)
+    resume: bool = False  # go on with the run in out, with its options
     overwrite: bool = False  # start anew where out holds a run
 
 
@@ -172,28 +173,34 @@ def tensors_of(model, batch, cfg, run):
 
 
 @torch.no_grad()
-def measure_scores(model, policy, prompts, cfg, run):
-    """Mean and deviation of the raw scores of the SFT model's own answers, those that ended."""
-    model.eval()
-    scores = []
+def sample_answers(policy, prompts, cfg, run):
+    """The SFT model's own answers, those that ended: a list of prompt + answer ids."""
+    answers = []
     for part in micro_batches(prompts, cfg.batch_size):
         with run.autocast():
             rollout = generate(policy, part, cfg.max_new_tokens, [run.tokenizer.end_id],
                                generator=run.generator)
-            scores.append(model.score(rollout.tokens, rollout.lengths)[rollout.ended])
+        answers += [prompt + ids for prompt, ids, ended in zip(
+            part, rollout.responses(), rollout.ended.tolist()) if ended]
+    return answers
+
+
+@torch.no_grad()
+def measure_scores(model, answers, cfg, run):
+    """Mean and deviation of the raw scores of answers (lists of ids)."""
+    model.eval()
+    scores = []
+    for part in micro_batches(answers, cfg.batch_size):
+        tokens, lengths = pad_right(part, run.device)  # (B, T), (B,)
+        with run.autocast():
+            scores.append(model.score(tokens, lengths))
     scores = torch.cat(scores)
-    if len(scores) < 2:
-        raise UserError(f"fewer than 2 of {len(prompts)} sampled answers ended within "
-                        f"--max_new_tokens {cfg.max_new_tokens}; raise it, or train SFT longer")
-    if not scores.std() > 1e-6:
-        raise UserError("every answer got the same score, so there is nothing to maximise; train "
-                        "the reward model longer, or with a higher --lr")
     return scores.mean(), scores.std()
 
 
 def main(cfg):
     # 1. Set-up: the folder, the SFT model's checkpoint and tokenizer.
-    run = start_run(cfg, needs={"init": "sft"})
+    run = start_run(cfg, needs={"init": "sft"}, reads=["data"])
 
     # 2. Data: encode, hold some prompts out, plan the batches of all epochs.
     rows = read_preferences(cfg.data)
@@ -219,22 +226,25 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
-    def largest_batch():
-        longest = max(train, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))
-        with run.autocast():
-            losses, _ = loss_of(
-                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
-        losses.sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
-    first_step = run.restore(model=model, optimizer=optimizer)
+    longest = max(encoded, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))
+    longest = make_batch([longest] * min(micro, cfg.batch_size, len(train)), run.device)
+    asked = [max(prompts, key=len)] * min(cfg.batch_size, len(prompts))
+    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
+                  [lambda: tensors_of(model, longest, cfg, run),
+                   lambda: sample_answers(policy, asked, cfg, run)],
+                  options="--micro_batch_size or --batch_size")
+    # Sampled now, scored at the end: that too few answers end is better known before the training.
+    answers = sample_answers(policy, prompts, cfg, run)
+    if len(answers) < 2:
+        raise UserError(f"fewer than 2 of {len(prompts)} sampled answers ended within "
+                        f"--max_new_tokens {cfg.max_new_tokens}; raise it, or train SFT longer")
+    run.restore(num_steps, model=model, optimizer=optimizer)
 
     # 4. The loop.
     ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
     model.train()
     num_tokens = 0
-    for step in range(first_step + 1, num_steps + 1):
+    for step in run.steps():
         examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         denominator = len(examples)  # however the batch is split, each prompt weighs the same
@@ -245,27 +255,35 @@ def main(cfg):
             with run.autocast():
                 losses, _ = loss_of(model, batch, cfg)
             micro_loss = losses.sum() / denominator
+            run.check_finite(model, batch, loss=micro_loss)
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
             num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.check_finite(model, batch, grad_norm=grad_norm)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         if due(step, cfg.eval_every, num_steps):
-            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+            run.log(num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-        if step == num_steps:
-            # 5. Normalisation: scores of the SFT model's answers get mean 0 and deviation 1.
-            mean, std = measure_scores(model, policy, prompts, cfg, run)
-            model.score_mean.copy_(mean)
-            model.score_std.copy_(std)
-            print(f"scores | raw mean {mean:.3f}, deviation {std:.3f} on the SFT model's answers")
-        if due(step, cfg.save_every, num_steps):
-            run.save(step, model=model, optimizer=optimizer)
+        if run.save_due():
+            run.save(model=model, optimizer=optimizer, done=False)
+
+    # 5. Normalisation: scores of the SFT model's answers get mean 0 and deviation 1.
+    if not run.done:
+        mean, std = measure_scores(model, answers, cfg, run)
+        if not std > 1e-6:
+            raise UserError("every answer got the same score, so there is nothing to maximise; the "
+                            f"weights are saved: go on with --resume --out {cfg.out} --num_epochs "
+                            f"{cfg.num_epochs + 1}, or start anew with a higher --lr")
+        model.score_mean.copy_(mean)
+        model.score_std.copy_(std)
+        print(f"scores | raw mean {mean:.3f}, deviation {std:.3f} on the SFT model's answers")
+        run.save(model=model, optimizer=optimizer)
     draw_curves(run.folder)
     return run.history
 

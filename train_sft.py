@@ -47,10 +47,11 @@ class Config:
     ledger_every: int = 50  # steps between records of every tensor (0: none)
     num_samples: int = 3  # held-out prompts answered greedily at each evaluation; above 0
     seed: int = 0  # of the data order
-    device: str = ""  # cuda or cpu (default: cuda where there is one)
+    device: str = ""  # cuda, cpu or mps (default: cuda where there is one)
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of the matrix products
     threads: int = 1  # CPU threads; one is the most efficient at this size
-    resume: bool = False  # go on with the run in out
+    tensorboard: bool = False  # write the log for TensorBoard, too (pip install tensorboard)
+    resume: bool = False  # go on with the run in out, with its options
     overwrite: bool = False  # start anew where out holds a run
 
 
@@ -109,19 +110,19 @@ def tensors_of(model, batch, cfg, run):
             "token_losses": torch.where(mask, -logprobs, torch.zeros_like(logprobs))}
 
 
-def show_samples(model, examples, step, run):
+def show_samples(model, examples, run):
     """Answer the last user turn of a few held-out dialogues, greedily."""
     for ids, mask in examples:
         prompt = ids[: len(mask) - mask[::-1].index(False)]  # all before the last assistant turn
         rollout = generate(model, [prompt], 40, [run.tokenizer.end_id], temperature=0)
         answer = run.tokenizer.decode_response(rollout.responses()[0])
         user = run.tokenizer.decode(prompt).split("<|user|>")[-1].split("<|end|>")[0]
-        run.show(step, f"  user: {user}\n  model: {answer}")
+        run.show(f"  user: {user}\n  model: {answer}")
 
 
 def main(cfg):
     # 1. Set-up: the folder, the base model's checkpoint and tokenizer.
-    run = start_run(cfg, needs={"init": "pretrain"})
+    run = start_run(cfg, needs={"init": "pretrain"}, reads=["data"])
 
     # 2. Data: encode, hold some out, plan the batches of all epochs.
     rows = read_demonstrations(cfg.data)
@@ -141,22 +142,18 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
-    def largest_batch():
-        longest = train[lengths.index(max(lengths))]
-        with run.autocast():
-            losses, _ = loss_of(
-                model, make_batch([longest] * min(micro, cfg.batch_size), run.device), cfg)
-        losses.sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    run.preflight(largest_batch, "--micro_batch_size or --batch_size")
-    first_step = run.restore(model=model, optimizer=optimizer)
+    longest = make_batch([max(encoded, key=lambda example: len(example[0]))]
+                         * min(micro, cfg.batch_size, len(train)), run.device)
+    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
+                  [lambda: tensors_of(model, longest, cfg, run)],
+                  options="--micro_batch_size or --batch_size")
+    run.restore(num_steps, model=model, optimizer=optimizer)
 
     # 4. The loop.
     ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
     model.train()
     num_tokens = 0
-    for step in range(first_step + 1, num_steps + 1):
+    for step in run.steps():
         examples = [train[i] for i in plan[step - 1]]
         set_lr(optimizer, lr_at(step - 1, num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         # The whole batch's token count: however it is split, each token weighs the same.
@@ -168,22 +165,24 @@ def main(cfg):
             with run.autocast():
                 losses, _ = loss_of(model, batch, cfg)
             micro_loss = losses.sum() / denominator
+            run.check_finite(model, batch, loss=micro_loss)
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.item()
             num_tokens += batch["lengths"].sum().item()
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.check_finite(model, batch, grad_norm=grad_norm)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         if due(step, cfg.eval_every, num_steps):
-            run.log(step, num_steps, num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
+            run.log(num_tokens, loss=loss, **evaluate(model, held_out, cfg, run),
                     grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
             num_tokens = 0
-            show_samples(model, held_out[: cfg.num_samples], step, run)
-        if due(step, cfg.save_every, num_steps):
-            run.save(step, model=model, optimizer=optimizer)
+            show_samples(model, held_out[: cfg.num_samples], run)
+        if run.save_due():
+            run.save(model=model, optimizer=optimizer)
     draw_curves(run.folder)
     return run.history
 

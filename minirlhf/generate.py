@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minirlhf.batches import pad_right
@@ -49,6 +50,9 @@ def pick(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1)
     logits = filter_logits(logits.float() / temperature, top_k, top_p)
+    if bool(logits.isnan().any()):
+        raise UserError("the model's logits are NaN, there is nothing to sample from; it was "
+                        "trained with too high an --lr, or float16 is too narrow for it")
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
@@ -79,9 +83,10 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=1.0, top_k=0,
     lengths, ended = prompt_lens.clone(), torch.zeros(B, dtype=torch.bool, device=device)
 
     cache = model.make_cache(B, T)
-    logits = model(tokens[:, :P], cache)  # (B, P, V)
-    # Right-padded: a row's next token follows its own last prompt token, not column P - 1.
-    logits = logits[torch.arange(B, device=device), prompt_lens - 1]  # (B, V)
+    h = model.trunk(tokens[:, :P], cache)  # (B, P, C)
+    # Right-padded: a row's next token follows its own last prompt token, not column P - 1. Logits
+    # of the other positions are not needed, and (B, P, V) may be more than memory holds.
+    logits = model.lm_head(h[torch.arange(B, device=device), prompt_lens - 1])  # (B, V)
     rows = torch.arange(B, device=device)  # the rows still at work, as indices into the batch
     while True:
         chosen = pick(logits, temperature, top_k, top_p, generator)  # (rows,)
@@ -99,6 +104,14 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=1.0, top_k=0,
     model.train(was_training)
     T = int(lengths.max())
     return Rollout(tokens[:, :T], prompt_lens, lengths, ended)
+
+
+def join(rollouts):
+    """Several rollouts as one, filled up to the longest on the right."""
+    T = max(rollout.tokens.shape[1] for rollout in rollouts)
+    padded = [F.pad(rollout.tokens, (0, T - rollout.tokens.shape[1])) for rollout in rollouts]
+    return Rollout(torch.cat(padded), *(torch.cat([getattr(rollout, name) for rollout in rollouts])
+                                        for name in ("prompt_lens", "lengths", "ended")))
 
 
 def sample_prompts(model, prompts, stop_ids, max_new_tokens, temperature=1.0, generator=None,

@@ -126,10 +126,13 @@ def rope_angles(positions, head_dim, theta, dtype):
     with i + head_dim / 2, as in Hugging Face's Llama; Meta's own code pairs neighbours, which is
     the same model with the rows of the query and key matrices permuted.
     """
+    device = positions.device
+    if device.type == "mps":  # Apple's GPU has no float64: the angles come from the CPU
+        positions = positions.cpu()
     half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions[..., None].double() * theta**-half  # (..., head_dim / 2)
     angles = torch.cat([angles, angles], dim=-1)  # (..., head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def apply_rope(x, cos, sin):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minirlhf.model import GPT, ModelConfig
-from minirlhf.plumbing.runs import frozen
+from minirlhf.plumbing.checkpoints import frozen
 
 # Two threads that wait for each other on a shared machine were measured 19 times slower than one.
 torch.set_num_threads(1)

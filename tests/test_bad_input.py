@@ -21,7 +21,7 @@ from minirlhf.model import GPT, ModelConfig, ScalarModel
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.plumbing import runs
 from minirlhf.plumbing.config import command_line
-from minirlhf.plumbing.runs import load_checkpoint
+from minirlhf.plumbing.checkpoints import load_checkpoint
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 ROOT = Path(__file__).parent.parent

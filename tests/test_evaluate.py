@@ -12,7 +12,8 @@ from tiny_road import PROMPTS, apart, logprobs_of, nudge, scored, watch
 import evaluate
 from conftest import close
 from minirlhf.plumbing.formats import read_samples
-from minirlhf.plumbing.runs import load_function, load_model
+from minirlhf.plumbing.checkpoints import load_model
+from minirlhf.plumbing.runs import load_function
 from minirlhf.plumbing.stats import wilson
 
 TOOLS = '''

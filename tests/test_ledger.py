@@ -15,7 +15,7 @@ from conftest import close
 from minirlhf.rl import gae
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
-from minirlhf.plumbing.runs import load_checkpoint, load_model
+from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
 from minirlhf.look import ledger, plot
 
 STAGES = ["sft", "rm", "dpo", "ppo"]

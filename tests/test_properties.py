@@ -44,7 +44,8 @@ from minirlhf.plumbing import formats
 from minirlhf.plumbing.config import parse_config
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_jsonl
-from minirlhf.plumbing.runs import CKPT_KEYS, load_checkpoint
+from minirlhf.plumbing.checkpoints import load_checkpoint
+from minirlhf.plumbing.runs import CKPT_KEYS
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
 SEEDS = st.integers(0, 999)

@@ -10,11 +10,13 @@ from tiny_road import SCRIPTS
 
 from minirlhf.model import GPT, ScalarModel
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.plumbing import runs
+from minirlhf.plumbing import checkpoints, runs, signals
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_atomically
-from minirlhf.plumbing.runs import (Run, build_model, changed_settings, load_checkpoint,
-                                    load_function, load_model, pick_device, pick_dtype, start_run)
+from minirlhf.plumbing.checkpoints import build_model, load_checkpoint, load_model
+from minirlhf.plumbing.devices import pick_device, pick_dtype
+from minirlhf.plumbing.folders import changed_settings
+from minirlhf.plumbing.runs import Run, load_function, start_run
 from minirlhf.look import plot
 
 
@@ -41,9 +43,9 @@ def interrupt(monkeypatch, last_step):
     """Ctrl-C just after the row of `last_step` was logged, and so before its checkpoint."""
     log = Run.log
 
-    def log_and_stop(self, step, *args, **metrics):
-        log(self, step, *args, **metrics)
-        if step == last_step:
+    def log_and_stop(self, *args, **metrics):
+        log(self, *args, **metrics)
+        if self.step == last_step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "log", log_and_stop)
@@ -72,7 +74,8 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(stage, options, road, t
     assert logged(tmp_path / "cut") == logged(tmp_path / "full")
     assert [row["step"] for row in resumed] == [row["step"] for row in full]
     a, b = load_checkpoint(tmp_path / "full"), load_checkpoint(tmp_path / "cut")
-    a.pop("config"), b.pop("config")  # they differ in out and resume
+    for ckpt in (a, b):  # they differ in out and resume, and in the clock's numbers in the log
+        ckpt.pop("config"), ckpt.pop("sizes")
     assert any(name.startswith("optimizer") for name in a)
     for name in a:
         assert same(a[name], b[name]), name
@@ -97,10 +100,13 @@ def test_no_other_option_may_change_in_a_resumed_run(stage, road, tmp_path):
     """Bug: the loss's precision, or the number of steps and so the schedule, changes on the way."""
     old = vars(road.config(stage, tmp_path))
     for name, value in old.items():
-        new = {**old, name: value + (1 if isinstance(value, (int, float)) else "x")}
-        may_change = name in ("resume", "overwrite", "device", "threads")
-        assert changed_settings(old, new) == (
-            "" if may_change else f"{name} was {value!r}, is {new[name]!r}")
+        longer = name == {"pretrain": "num_steps", "ppo": "num_steps"}.get(stage, "num_epochs")
+        may_change = longer or name in ("resume", "overwrite", "device", "threads", "out",
+                                        "tensorboard", "data")
+        for new in (value + 1, value - 1) if isinstance(value, (int, float)) else (value + "x",):
+            assert changed_settings(old, {**old, name: new}, {"data": "its hash"}) == (
+                "" if may_change and (not longer or new > value) else
+                f"{name} was {value!r}, is {new!r}")
 
 
 def test_the_seed_reaches_sampling_shuffling_and_new_weights(road, tmp_path):
@@ -120,17 +126,18 @@ def test_matrix_products_are_in_the_dtype_that_was_asked_for(dtype, road, tmp_pa
 
 
 def test_tokens_per_second_are_those_since_the_last_line(road, tmp_path, monkeypatch):
-    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
+    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])  # two looks for each line
     run = start_run(road.config("sft", tmp_path), {"init": "pretrain"})
     monkeypatch.setattr(runs.time, "time", lambda: next(clock))
     run._clock = runs.time.time()
-    for step in (1, 2):
-        run.log(step, 2, 1000)
+    run.restore(2)
+    for run.step in (1, 2):
+        run.log(1000)
     assert [row["tok_per_s"] for row in run.history] == [250, 500]
 
 
-def test_resume_needs_a_checkpoint(road, tmp_path):
-    with pytest.raises(UserError, match="--resume: .* holds no checkpoint yet; start it with --overwrite"):
+def test_resume_needs_a_run(road, tmp_path):
+    with pytest.raises(UserError, match="--resume: .* holds no run to go on with; leave --resume out"):
         road.run("sft", tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
 
@@ -154,13 +161,14 @@ def test_overwrite_starts_anew_and_touches_only_the_runs_files(road, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / "notes.txt").write_text("mine, too")
+    (tmp_path / "ledger" / "step_notes.md").write_text("mine, too")  # this one was lost
     for stale in ("ledger/step_000099.json", "microscope.html"):  # of the run that was there
         (tmp_path / stale).write_text("old")
     road.run("sft", tmp_path, overwrite=True)
     assert logged(tmp_path) == first  # not twice
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
-        "config.json", "metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png", "notes.txt",
-        "ledger/notes.txt"}
+        "config.json", "run.json", "metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png", ".lock",
+        "model.safetensors", "notes.txt", "ledger/notes.txt", "ledger/step_notes.md"}
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -199,13 +207,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(road, tmp_path, monkeypa
         Path(path).write_bytes(b"PK half of a")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(runs.torch, "save", half)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(checkpoints.torch, "save", half)
+    message = "ckpt_new.pt cannot be written .no space left on device.; make room"
+    with pytest.raises(UserError, match=message):
         road.run("sft", tmp_path / "other")
-    assert not (tmp_path / "other" / "ckpt.pt").exists()
-    run = start_run(road.config("sft", tmp_path, resume=True), {"init": "pretrain"})
-    with pytest.raises(OSError):
-        run.save(9, run.model("init"))
+    assert not list((tmp_path / "other").glob("*.pt*"))
+    run = start_run(road.config("sft", tmp_path, resume=True), {"init": "pretrain"}, ["data"])
+    run.restore(9)
+    with pytest.raises(UserError, match=message):
+        run.save(run.model("init"))
     assert same(load_checkpoint(tmp_path)["model"], before)
 
 
@@ -262,13 +272,21 @@ def test_other_files_and_other_kinds_are_refused(road, tmp_path):
 
 # ---------------------------------------------------------------- preflight
 
-def test_preflight_leaves_the_random_states_as_they_were(road, tmp_path):
+def test_preflight_leaves_random_states_weights_and_gradients_as_they_were(road, tmp_path):
     """Bug: a check at the start that changes every number of the run."""
     run = start_run(road.config("sft", tmp_path), {"init": "pretrain"})
-    before = run.generator.get_state(), torch.get_rng_state(), run.data_order.get_state()
-    run.preflight(lambda: (torch.rand(3), torch.rand(3, generator=run.generator)), "--batch_size")
-    assert same(before, (run.generator.get_state(), torch.get_rng_state(),
-                         run.data_order.get_state()))
+    model = run.model("init")
+
+    def states():
+        return (run.generator.get_state(), torch.get_rng_state(), run.data_order.get_state(),
+                {name: p.clone() for name, p in model.state_dict().items()})
+
+    before, seen = states(), []
+    run.preflight(model, lambda: model(torch.tensor([[1, 2]])) * torch.rand(1),
+                  [lambda: seen.append((torch.rand(3, generator=run.generator),
+                                        torch.is_grad_enabled()))], options="--batch_size")
+    assert same(before, states()) and [grad for _, grad in seen] == [False]
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_preflight_turns_a_lack_of_memory_into_advice(road, tmp_path):
@@ -279,10 +297,12 @@ def test_preflight_turns_a_lack_of_memory_into_advice(road, tmp_path):
 
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")):
-        with pytest.raises(UserError, match="not fit in the memory of cpu; make --batch_size "):
-            run.preflight(lambda: fail(error), "--batch_size")
+        for kinds in ((lambda: fail(error),), (lambda: torch.ones(1), [lambda: fail(error)])):
+            with pytest.raises(UserError, match="not fit in the memory of cpu; make --batch_size "):
+                run.preflight(run.model("init"), *kinds, options="--batch_size")
     with pytest.raises(RuntimeError, match="shapes"):
-        run.preflight(lambda: fail(RuntimeError("shapes differ")), "--batch_size")
+        run.preflight(run.model("init"), lambda: fail(RuntimeError("shapes differ")),
+                      options="--batch_size")
 
 
 @pytest.mark.parametrize("stage, options", [
@@ -293,17 +313,17 @@ def test_each_script_tries_its_largest_batch_first_and_leaves_no_gradient(stage,
     """A lack of memory on the longest row would otherwise show after an hour."""
     events, preflight, restore = [], Run.preflight, Run.restore
 
-    def spy(self, train_step, options):
+    def spy(self, model, train, also=(), *, options):
         assert all(word.startswith("--") for word in options.replace(",", "").replace(
             " or", "").split())
-        preflight(self, train_step, options)
+        preflight(self, model, train, also, options=options)
         events.append("preflight")
 
-    def check(self, **parts):
+    def check(self, num_steps, **parts):
         events.append("restore")
         assert all(p.grad is None for part in parts.values() if isinstance(part, torch.nn.Module)
                    for p in part.parameters())
-        return restore(self, **parts)
+        return restore(self, num_steps, **parts)
 
     monkeypatch.setattr(Run, "preflight", spy)
     monkeypatch.setattr(Run, "restore", check)
@@ -315,9 +335,10 @@ def test_each_script_tries_its_largest_batch_first_and_leaves_no_gradient(stage,
 
 def test_the_log_prints_a_line_and_keeps_the_numbers(road, tmp_path, capsys):
     run = start_run(road.config("sft", tmp_path), {"init": "pretrain"})
-    run.restore()
-    run.log(3, 10, 500, loss=torch.tensor(0.5), lr=1e-5, grad_norm=1234.5)
-    run.show(3, "  user: cow?\n  model: moo.")
+    run.restore(10)
+    run.step = 3
+    run.log(500, loss=torch.tensor(0.5), lr=1e-5, grad_norm=1234.5)
+    run.show("  user: cow?\n  model: moo.")
     out = capsys.readouterr().out
     assert "step 3/10 | loss 0.500 | lr 1e-05 | grad_norm 1.23e+03 | " in out and "tok/s" in out
     assert logged(tmp_path) == [{"step": 3, "loss": 0.5, "lr": 1e-5, "grad_norm": 1234.5}]

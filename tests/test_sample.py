@@ -8,7 +8,7 @@ from tiny_road import PROMPTS, chat, template, watch, write_rows
 
 import sample
 from minirlhf.plumbing.formats import read_samples
-from minirlhf.plumbing.runs import load_checkpoint
+from minirlhf.plumbing.checkpoints import load_checkpoint
 
 
 def sampled(road, capsys, **options):

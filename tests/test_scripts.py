@@ -26,7 +26,8 @@ from minirlhf.plumbing.config import field_comments, parse_config
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_rows
 from minirlhf.plumbing.optim import make_optimizer
-from minirlhf.plumbing.runs import Run, build_model, frozen, load_checkpoint, start_run
+from minirlhf.plumbing.checkpoints import build_model, frozen, load_checkpoint
+from minirlhf.plumbing.runs import Run, start_run
 
 ALL = {**SCRIPTS, "sample": sample, "evaluate": evaluate, "speedrun": speedrun}
 

@@ -11,7 +11,7 @@ from tiny_road import (PROMPTS, RANKED, TWINS, answers_of, begin, chat, digest, 
 
 import train_dpo
 from conftest import close
-from minirlhf.plumbing.runs import frozen, load_model
+from minirlhf.plumbing.checkpoints import frozen, load_model
 
 
 def loss_of_pairs(model, pairs, run):

@@ -27,7 +27,7 @@ from minirlhf.generate import Rollout, generate
 from minirlhf.model import ActorCritic, ScalarModel
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.optim import make_optimizer
-from minirlhf.plumbing.runs import load_checkpoint, load_model
+from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
 
 
 def test_check_01_a_response_alone_gives_the_loss_that_it_gives_beside_longer_ones(

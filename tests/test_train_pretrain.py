@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import train_pretrain
 from conftest import awake_gpt
 from minirlhf.model import GPT, SIZES, ModelConfig
-from minirlhf.plumbing.runs import load_checkpoint, load_model
+from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
 
 
 def test_the_seed_chooses_the_text_of_pretraining(road, tmp_path, monkeypatch):

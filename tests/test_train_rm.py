@@ -15,7 +15,7 @@ import train_rm
 from conftest import close
 from minirlhf.generate import generate
 from minirlhf.model import ScalarModel
-from minirlhf.plumbing.runs import load_checkpoint, load_model
+from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
 
 
 def test_check_10_the_scores_scale_is_measured_on_answers_that_ended(road, tmp_path, float64,

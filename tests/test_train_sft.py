@@ -9,7 +9,7 @@ from tiny_road import (CHAT, LONG, PROMPTS, answers_of, begin, chat, logprobs_of
 
 import train_sft
 from conftest import close
-from minirlhf.plumbing.runs import load_model
+from minirlhf.plumbing.checkpoints import load_model
 
 
 def test_check_11_sft_weighs_tokens_alike_in_training_and_in_evaluation(road, tmp_path, float64):

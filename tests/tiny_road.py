@@ -24,7 +24,8 @@ from conftest import softplus
 from minirlhf.generate import Rollout, generate
 from minirlhf.model import ActorCritic
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.plumbing.runs import build_model, frozen, load_checkpoint, load_model, start_run
+from minirlhf.plumbing.checkpoints import build_model, frozen, load_checkpoint, load_model
+from minirlhf.plumbing.runs import start_run
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "ppo": train_ppo,
            "dpo": train_dpo}

@@ -26,7 +26,8 @@ from minirlhf.batches import encode_answer, pad_right
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
-from minirlhf.plumbing.runs import autocast, load_model, pick_device, pick_dtype
+from minirlhf.plumbing.checkpoints import load_model
+from minirlhf.plumbing.devices import autocast, pick_device, pick_dtype
 from minirlhf.plumbing.stats import wilson
 
 

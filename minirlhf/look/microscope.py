@@ -19,7 +19,7 @@ from pathlib import Path
 
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_text
-from minirlhf.plumbing.runs import read_metrics
+from minirlhf.plumbing.folders import read_metrics
 from minirlhf.look.ledger import load, recorded_steps
 
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.runs import read_metrics
+from minirlhf.plumbing.folders import read_metrics
 from minirlhf.look.ledger import COLUMNS, find_row, load, recorded_steps, visible
 
 # What is worth drawing, with its unit and what to look for; a run has some of these.

@@ -4,11 +4,15 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
 import sys
+from pathlib import Path
 
+from minirlhf.plumbing import signals
 from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import read_file
 
 LIMITS = {  # how a number's comment may end, and what is then expected of it
     "above 0": "above 0", "up to 1": "from 0 up to 1", "above 0, up to 1": "above 0 up to 1",
@@ -42,6 +46,7 @@ def parse_config(config_class, argv=None, description=None):
     float, str or bool, with a default each.
     """
     parser = _Parser(description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,  # only what was typed comes back
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, names = field_comments(config_class), []
     for field in dataclasses.fields(config_class):
@@ -53,10 +58,9 @@ def parse_config(config_class, argv=None, description=None):
             group.add_argument(option, dest=field.name, action="store_true", help=text)
             group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false",
                                help=argparse.SUPPRESS if not field.default else "switch it off")
-            parser.set_defaults(**{field.name: field.default})
         else:
             listed = re.search(r"\w+(?: \| \w+)+", comments.get(field.name, ""))
-            parser.add_argument(option, dest=field.name, type=field.type, default=field.default,
+            parser.add_argument(option, dest=field.name, type=field.type,
                                 choices=listed and listed[0].split(" | "),
                                 metavar=field.type.__name__.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
@@ -64,9 +68,38 @@ def parse_config(config_class, argv=None, description=None):
         close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "--help lists every option"
         raise UserError(f"unknown option {unknown[0]}; {hint}")
-    cfg = config_class(**vars(args))
+    typed, stored = vars(args), {}
+    if typed.get("resume"):
+        stored = read_settings(typed.get("out", config_class().out), config_class)
+    cfg = config_class(**{**stored, **typed})
     check_numbers(cfg)
     return cfg
+
+
+def read_settings(folder, config_class=None):
+    """The options that a run was started with, as its config.json holds them; {} without one.
+
+    config_class: of which they have to be; `resume` and `overwrite` are left out then.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(read_file(path))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected the options of a run, found something else; put it back "
+                        "as it was, or give another --out")
+    if config_class is None:
+        return settings
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for name, value in settings.items():
+        if name in types and type(value) not in (types[name], *[int] * (types[name] is float)):
+            raise UserError(f"{path}: {name} is {value!r}, expected a {types[name].__name__}; put "
+                            "it back as it was, or start anew with --overwrite")
+    return {name: value for name, value in settings.items()
+            if name in types and name not in ("resume", "overwrite")}
 
 
 def check_numbers(cfg):
@@ -80,8 +113,9 @@ def check_numbers(cfg):
         name, value = field.name, getattr(cfg, field.name)
         if field.type not in (int, float):
             continue
-        if field.type is int and value >= 2**63:  # no tensor or generator takes it
-            raise UserError(f"--{name}: expected a whole number below 2^63")
+        if field.type is int and value >= (2**63 if name == "seed" else 10**9):
+            limit = "2^63" if name == "seed" else "a billion"
+            raise UserError(f"--{name}: expected a whole number below {limit}")
         expected = LIMITS.get(comments.get(name, "").rpartition("; ")[2], "from 0")
         too_small = value <= 0 if "above" in expected else value < 0 and "sign" not in expected
         too_large = "up to 1" in expected and value > 1
@@ -90,9 +124,14 @@ def check_numbers(cfg):
 
 
 def command_line(main, config_class, description=None):
-    """Parse the command line, run main(cfg), and end with exit code 2 on a UserError."""
+    """Parse the command line, run main(cfg), and end with exit code 2 on a UserError, with 130 on
+    Ctrl-C and 143 on SIGTERM."""
+    signals.listen()
     try:
         main(parse_config(config_class, None, description))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except signals.Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)

@@ -186,3 +186,24 @@ def json_line(row):
     """A dict as one line of JSON, in plain UTF-8 but where text holds half a character."""
     line = json.dumps(row, ensure_ascii=False)
     return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
+
+
+def lock(path):
+    """Open `path` and hold it for this process; UserError where another one holds it.
+
+    The system frees it when the process ends, however it ends. Keep the file that is returned.
+    """
+    file = open(path, "ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{path.parent} is in use by another run, which is still at work; wait for "
+                        "it, or give another --out") from None
+    return file
