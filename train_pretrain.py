@@ -37,7 +37,7 @@ class Config:
     n_kv_head: int = 0  # key/value heads, fewer than n_head for grouped queries (0: n_head)
     n_embd: int = 128  # width of the residual stream; above 0
     n_hidden: int = 344  # width of the MLP (0: 4 * n_embd)
-    block_size: int = 160  # longest sequence in tokens; above 0
+    block_size: int = 160  # longest sequence in tokens; above 1
     norm: str = "rmsnorm"  # layernorm | rmsnorm
     mlp: str = "swiglu"  # gelu | swiglu
     positions: str = "rope"  # learned | rope

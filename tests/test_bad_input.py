@@ -37,7 +37,8 @@ def refused(road, tmp_path, monkeypatch, capsys):
         module = ALL[script]
         if script in SCRIPTS:
             options = {**vars(road.config(script, tmp_path / "run")), **options}
-            for name in ("resume", "overwrite", "share_critic", "whiten", "bias", "tied"):
+            for name in ("resume", "overwrite", "share_critic", "whiten", "bias", "tied",
+                         "tensorboard"):
                 if name in options and options.pop(name):
                     argv = (*argv, f"--{name}")
         if script == "sample":
@@ -254,7 +255,7 @@ def test_a_folder_in_use(refused, road, tmp_path):
     message = refused("sft")
     assert f"{tmp_path / 'run'} already holds a run" in message and "--overwrite" in message
     assert "differ" in refused("sft", "--resume", lr=0.5)
-    assert "holds no checkpoint yet" in refused("sft", "--resume", out=tmp_path / "new")
+    assert "holds no run to go on with" in refused("sft", "--resume", out=tmp_path / "new")
     for init in (tmp_path / "run", tmp_path / "run" / ".." / "run"):
         assert "the run would replace what it starts from" in refused(
             "sft", "--overwrite", init=init)

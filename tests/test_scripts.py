@@ -68,6 +68,8 @@ def smoke(road, script, out, **changes):
 OWN_TESTS = {
     ("sample", "chat"): "test_sample.py::test_chat_holds_a_conversation_of_several_turns",
     ("sample", "plain"): "test_sample.py::test_plain_goes_on_with_the_text",
+    **{(stage, "tensorboard"): "test_runs.py::test_the_same_numbers_go_to_tensorboard"
+       for stage in SCRIPTS},
     ("speedrun", "quick"): "test_speedrun.py::test_the_quick_road_ends_with_results",
     ("speedrun", "overoptimize"): "test_speedrun.py::test_every_command_is_one_that_its_script",
 }
@@ -108,7 +110,7 @@ ACTS = {
         lam=1.0, clip_range=0.01, value_clip=0.0, score_clip=0.1, missing_end_score=-1.0,
         stop_kl=1e-9, grad_clip=0.05, vf_coef=1.0, seed=1)),
 }
-NEUTRAL = {"micro_batch_size", "eval_every", "save_every", "ledger_every", "num_samples", "threads"}
+NEUTRAL = {"micro_batch_size", "sample_batch_size", "eval_every", "save_every", "ledger_every", "num_samples", "threads"}
 
 
 def trained(road, stage, out, options):
@@ -493,7 +495,7 @@ def events_of(monkeypatch):
         letter = "+" if name == "update" else name[0]
         record(monkeypatch, owner, name, letter, events)
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(Run, "preflight", lambda *_: None)  # its backward is no training step
+    monkeypatch.setattr(Run, "preflight", lambda *_, **__: None)  # its backward is no training step
     return events
 
 
@@ -623,7 +625,7 @@ NUM_TOKENS = {  # the real tokens of one example
 def without_evaluation(script, stage, monkeypatch):
     """Leave evaluations and the try of the largest batch out; collects the held-out examples."""
     held_out = []
-    monkeypatch.setattr(Run, "preflight", lambda *rest: None)
+    monkeypatch.setattr(Run, "preflight", lambda *_, **__: None)
     monkeypatch.setattr(script, "evaluate", lambda model, examples, *rest:
                         held_out.extend(examples) or {})
     if stage == "rm":
@@ -648,7 +650,7 @@ def test_check_31_the_speed_counts_real_tokens_only(stage, road, tmp_path, monke
                  **({"num_samples": 0} if stage == "sft" else {}))
         everything = sum(map(NUM_TOKENS[stage], encoded[0][1]))
         expected = everything - sum(map(NUM_TOKENS[stage], held_out[: len(held_out) // 2]))
-    assert len(lines) == 2 and sum(arguments[3] for arguments, _ in lines) == expected
+    assert len(lines) == 2 and sum(arguments[1] for arguments, _ in lines) == expected
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])

@@ -15,7 +15,7 @@ from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import read_file
 
 LIMITS = {  # how a number's comment may end, and what is then expected of it
-    "above 0": "above 0", "up to 1": "from 0 up to 1", "above 0, up to 1": "above 0 up to 1",
+    "above 0": "above 0", "above 1": "above 1", "up to 1": "from 0 up to 1", "above 0, up to 1": "above 0 up to 1",
     "any sign": "of any sign",
 }
 
@@ -117,7 +117,8 @@ def check_numbers(cfg):
             limit = "2^63" if name == "seed" else "a billion"
             raise UserError(f"--{name}: expected a whole number below {limit}")
         expected = LIMITS.get(comments.get(name, "").rpartition("; ")[2], "from 0")
-        too_small = value <= 0 if "above" in expected else value < 0 and "sign" not in expected
+        least = 1 if "above 1" in expected else 0
+        too_small = value <= least if "above" in expected else value < 0 and "sign" not in expected
         too_large = "up to 1" in expected and value > 1
         if too_small or too_large or not math.isfinite(value):
             raise UserError(f"--{name} {value}: expected a number {expected}")

@@ -67,14 +67,20 @@ def hash_inputs(cfg, needed, reads):
     """{option: SHA-256} of all that a run reads: weights of earlier stages, data files, a judge."""
     hashes = {name: weights_hash(ckpt) for name, ckpt in needed.items()}
     for name in reads:
-        paths = [path.partition(".py:")[0] + ".py" if ".py:" in path else path
-                 for path in getattr(cfg, name).split(",") if path]
-        if name == "tokenizer" and not Path(paths[0]).exists():
-            continue  # the name of a published one
-        for path in paths:
-            with naming(path):
-                hashes[name] = hashes.get(name, "") + sha256_of(path)
+        value = getattr(cfg, name)
+        published = name == "tokenizer" and not Path(value).suffix  # a name such as gpt2, no file
+        if value and not published:
+            hashes[name] = hash_files(value)
     return hashes
+
+
+def hash_files(value):
+    """SHA-256 of a file, or of several with commas between, or of the file of `file.py:function`."""
+    digests = []
+    for path in (value[: value.index(".py:") + 3] if ".py:" in value else value).split(","):
+        with naming(path):
+            digests.append(sha256_of(path))
+    return "".join(digests)
 
 
 def check_folder(cfg, out, needs):
