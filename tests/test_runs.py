@@ -203,8 +203,8 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(road, tmp_path, monkeypa
     road.run("sft", tmp_path)
     before = load_checkpoint(tmp_path)["model"]
 
-    def half(ckpt, path):
-        Path(path).write_bytes(b"PK half of a")
+    def half(ckpt, file):
+        file.write(b"PK half of a")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoints.torch, "save", half)

@@ -105,8 +105,9 @@ def check_inputs(ckpt, facts):
 def check_versions(folder):
     """Facts about the versions that the run had, beside those of this program."""
     path = Path(folder) / "run.json"
+    text = read_file(path)
     try:
-        said = json.loads(read_file(path))
+        said = json.loads(text)
         now = {name: platform.python_version() if name == "python" else
                importlib.metadata.version(name) for name in said["versions"]}
         facts = [f"{name} {version}" + ("" if now[name] == version else f" (here {now[name]})")

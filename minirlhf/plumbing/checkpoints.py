@@ -144,6 +144,16 @@ def weights_hash(ckpt):
     return digest.hexdigest()
 
 
+def save_tensors(value, path):
+    """torch.save, but with an OSError where the disk is full."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # "unexpected pos", says PyTorch's writer of a failed write
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(str(error)) from None
+
+
 def save_checkpoint(folder, ckpt):
     """Write folder/ckpt.pt; the one before becomes ckpt_previous.pt.
 
@@ -154,7 +164,7 @@ def save_checkpoint(folder, ckpt):
     fresh = newest.with_name("ckpt_new.pt")
 
     def write(part):
-        torch.save({"format": FORMAT, **ckpt}, part)
+        save_tensors({"format": FORMAT, **ckpt}, part)
         damaged = zipfile.ZipFile(part).testzip()
         assert damaged is None, f"{part}: {damaged} did not reach the disk as it was"
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from minirlhf.model import GPT, count_parameters
 from minirlhf.plumbing import signals
 from minirlhf.plumbing.checkpoints import (build_model, load_checkpoint, newest_whole,
-                                           open_tokenizer, save_checkpoint)
+                                           open_tokenizer, save_checkpoint, save_tensors)
 from minirlhf.plumbing.devices import (autocast, memory_of, pick_device, pick_dtype, random_states,
                                        set_random_states, set_threads)
 from minirlhf.plumbing.errors import UserError
@@ -244,7 +244,7 @@ class Run:
             return
         with self.autocast():
             bad = name_the_bad(model, batch, values)
-        write_atomically(self.folder / "bad_batch.pt", lambda part: torch.save(batch, part))
+        write_atomically(self.folder / "bad_batch.pt", lambda part: save_tensors(batch, part))
         raise UserError(f"step {self.step}: {bad} became NaN or infinite, so the run ends; the "
                         f"batch is kept in {self.folder / 'bad_batch.pt'}, and the last checkpoint "
                         "is as it was. Lower --lr, or use --dtype float32")
