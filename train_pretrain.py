@@ -85,6 +85,19 @@ def evaluate(model, blocks, cfg, run):
     return {"val_loss": total / blocks[:, 1:].numel()}
 
 
+def sized(cfg):
+    """The config of the published size; UserError where another option wants to change its shape."""
+    model_cfg = named_config(cfg.size)
+    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "norm", "mlp", "positions",
+                 "bias", "tied"):
+        if getattr(cfg, name) not in (getattr(Config, name), getattr(model_cfg, name)):
+            raise UserError(f"--size {cfg.size} has {getattr(model_cfg, name)} for --{name}; leave "
+                            f"one of the two out")
+    model_cfg.block_size = cfg.block_size
+    model_cfg.dropout, model_cfg.attention = cfg.dropout, cfg.attention
+    return model_cfg
+
+
 def main(cfg):
     # 1. Set-up: the folder, the tokenizer.
     run = start_run(cfg, needs={}, reads=["text", "tokenizer"])
@@ -104,9 +117,7 @@ def main(cfg):
 
     # 3. Model and optimizer.
     if cfg.size:
-        model_cfg = named_config(cfg.size)
-        model_cfg.block_size = cfg.block_size
-        model_cfg.dropout, model_cfg.attention = cfg.dropout, cfg.attention
+        model_cfg = sized(cfg)
     else:
         model_cfg = ModelConfig(**{name: getattr(cfg, name) for name in ModelConfig.__annotations__
                                    if hasattr(cfg, name)})

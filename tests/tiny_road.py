@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +118,16 @@ class Road:
     def run(self, stage, out, **changes):
         """Run the stage's main; returns its history."""
         return SCRIPTS[stage].main(self.config(stage, out, **changes))
+
+    def finished(self, stage, out):
+        """A copy, at `out`, of the folder of a short run of the stage, which is made once."""
+        home = self.folder / "finished" / stage
+        if not home.exists():
+            self.run(stage, home, dtype="float32")
+        shutil.copytree(home, out)
+        settings = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}))
+        return out
 
     def walk(self):
         """Train the first three stages well enough that the later ones have something to go on."""

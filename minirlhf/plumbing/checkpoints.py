@@ -87,7 +87,7 @@ def check_model(ckpt, path):
     try:
         with torch.device("meta"):  # shapes without memory: the config may name any size
             expected = empty_model(ckpt).state_dict()
-    except (RuntimeError, ZeroDivisionError, KeyError) as error:
+    except (UserError, RuntimeError, ZeroDivisionError, KeyError) as error:
         raise UserError(f"{path}: no model can be built of its model_config ({error})") from None
     for name in sorted(expected.keys() | state.keys()):
         shapes = [tuple(d[name].shape) if name in d else "missing" for d in (expected, state)]

@@ -25,6 +25,7 @@ from minirlhf.plumbing.files import check_writable, naming, read_file
 # not look finished when it is killed half-way.
 FILES = (*NAMES, "ckpt_new.pt", "config.json", "run.json", "metrics.jsonl", "samples.txt",
          "curves.png", "microscope.html", "bad_batch.pt", "model.safetensors")
+LOGS = ("metrics.jsonl", "samples.txt")  # grow line by line; a checkpoint remembers how long
 LEDGER_FILE = re.compile(r"step_(\d{6,})\.(json|npz)")
 MAY_CHANGE = {"resume", "overwrite", "device", "threads", "out", "tensorboard"}  # on the way
 
@@ -68,8 +69,10 @@ def hash_inputs(cfg, needed, reads):
     hashes = {name: weights_hash(ckpt) for name, ckpt in needed.items()}
     for name in reads:
         value = getattr(cfg, name)
-        published = name == "tokenizer" and not Path(value).suffix  # a name such as gpt2, no file
-        if value and not published:
+        if not value and name != "judge":  # a run needs none
+            raise UserError(f"--{name} is empty; give the name of a file")
+        # A published tokenizer, such as gpt2, is no file; what no judge can be is refused later.
+        if Path(value).suffix or ".py:" in value:
             hashes[name] = hash_files(value)
     return hashes
 

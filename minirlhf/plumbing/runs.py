@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from minirlhf.plumbing.devices import (autocast, memory_of, pick_device, pick_dt
                                        set_random_states, set_threads)
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import flush, lock, write_atomically, write_text, writing
-from minirlhf.plumbing.folders import (FILES, LEDGER_FILE, check_folder, check_same_run, claims,
+from minirlhf.plumbing.folders import (FILES, LEDGER_FILE, LOGS, check_folder, check_same_run, claims,
                                        hash_inputs, read_metrics)
 from minirlhf.plumbing.health import name_the_bad, not_finite
 
@@ -152,7 +151,10 @@ class Run:
             self.generator.set_state(ckpt["generator"])
             set_random_states(ckpt["random_states"])
             self.step, self.done = ckpt["step"], ckpt["done"] and ckpt["step"] == self.num_steps
-            sizes = {name: int(size) for name, size in ckpt["sizes"].items()}
+            if not 0 <= self.step <= self.num_steps:
+                raise ValueError(f"step {self.step} of {self.num_steps}")
+            sizes = {name: int(ckpt["sizes"][name]) for name in LOGS
+                     if name == LOGS[0] or name in ckpt["sizes"]}  # samples come later, if at all
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -162,10 +164,14 @@ class Run:
                             "start anew with --overwrite") from None
         for name, size in sizes.items():
             path = self.folder / name
-            if not path.exists() or path.stat().st_size < size:
+            if not path.is_file() or path.stat().st_size < size:
                 raise UserError(f"{path} is shorter than when the checkpoint was written; put it "
                                 "back as it was, or start anew with --overwrite")
-            os.truncate(path, size)
+            with writing(path), open(path, "rb+") as file:
+                file.truncate(size)
+                if size and (file.seek(size - 1), file.read())[1] != b"\n":
+                    raise UserError(f"{path} is not as the run wrote it; put it back as it was, or "
+                                    "start anew with --overwrite")
         self._trim_ledger(self.step)
         self.history = read_metrics(self.folder)
         if self.done:
@@ -298,8 +304,7 @@ class Run:
                 raise UserError(f"step {self.step}: the weights {name} became NaN or infinite, so "
                                 "the run ends and the last checkpoint stays as it was. Lower --lr")
         self.done = self.step == self.num_steps if done is None else done
-        logs = [path for path in (self.folder / "metrics.jsonl", self.folder / "samples.txt")
-                if path.exists()]
+        logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
         for path in logs:  # never behind the checkpoint, even if the power fails
             flush(path)
         save_checkpoint(self.folder, {

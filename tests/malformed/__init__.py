@@ -26,3 +26,15 @@ def write(folder, name, content):
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return str(path)
+
+
+def command(road, stage, out, **changes):
+    """The words that start a quick run of a training script on the road's files, into `out`."""
+    options = {**vars(road.config(stage, out)), **changes}
+    words = [f"train_{stage}.py"]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] if value else []
+        else:
+            words.append(f"--{name}={value}")
+    return words
