@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.download import download
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_lines, write_lines
-from minirlhf.plumbing.formats import END_OF_TEXT, as_document
+from minirlhf.plumbing.files import write_lines
+from minirlhf.plumbing.formats import END_OF_TEXT, marked_documents
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 NAMES = {"train": "TinyStories-train.txt", "valid": "TinyStories-valid.txt"}  # upstream's
@@ -55,17 +55,13 @@ def find_file(source, side):
 
 def read_stories(path):
     """Yield the stories one by one, so that 2 GB never stand in memory."""
-    lines, num_marks = [], 0
-    for _, line in read_lines(path):
-        *finished, rest = line.split(END_OF_TEXT)
-        for piece in finished:
-            yield as_document("\n".join([*lines, piece]))
-            lines, num_marks = [], num_marks + 1
-        lines.append(rest)
-    if num_marks == 0:
+    pieces = marked_documents(path)
+    first, second = next(pieces), next(pieces, None)
+    if second is None:
         raise UserError(f"{path}: expected {END_OF_TEXT} between stories, found none; "
                         "give the original file")
-    yield as_document("\n".join(lines))  # what follows the last mark, often nothing
+    yield from (first, second)
+    yield from pieces  # what follows the last mark is often nothing
 
 
 def new_stories(stories, seen, counts):
