@@ -52,7 +52,7 @@ def test_pack_by_hand():
     assert pack([[1, 2], [3]], [9, 9]).tolist() == [1, 2, 9, 9, 3, 9, 9]
 
 
-def test_random_blocks_reach_every_start_and_never_run_over_the_end(generator):
+def test_check_32_random_blocks_reach_every_start_and_never_run_over_the_end(generator):
     stream = torch.arange(10)
     starts = random_blocks(stream, 50, 8, 6, generator)
     assert starts.shape == (50, 8) and set(starts.flatten().tolist()) == {0, 1, 2, 3, 4}
@@ -220,7 +220,7 @@ def documents(count):
     return [f"the cow number {i} says {'moo ' * (i % 7)}" for i in range(count)]
 
 
-def test_streams_hold_every_document_once_in_the_texts_order(tok, generator, monkeypatch):
+def test_check_32_streams_hold_every_document_once_in_the_texts_order(tok, generator, monkeypatch):
     """Bugs: a held-out share that is trained on, too; a chunk that is lost at the text's end."""
     monkeypatch.setattr(batches, "CHUNK", 300)  # a chunk has about a dozen of them
     texts = documents(500)

@@ -100,6 +100,8 @@ def test_a_lone_surrogate_in_the_training_text_does_no_harm():
     ("a  b\n\nc\td ", ["a", " ", " b", "\n", "\n", "c", "\t", "d", " "]),
     ("x = 12 + 7", ["x", " =", " 12", " +", " 7"]),
     ("海浪。 Größe", ["海浪", "。", " Größe"]),
+    ("हिन्दी में e\u0301a!", ["हिन्दी", " में", " e\u0301a", "!"]),  # a vowel sign is no letter
+    ("❤️ 1️⃣", ["❤️", " 1", "️⃣"]),
 ])
 def test_split_pattern(text, pieces):
     assert regex.findall(SPLIT_PATTERN, text) == pieces
@@ -330,7 +332,7 @@ def broken(tok, **changes):
 
 @pytest.mark.parametrize("content, message", [
     (lambda tok: "", "Expecting value"),
-    (lambda tok: json.dumps(tok.to_dict())[:500], "Unterminated|Expecting"),
+    (lambda tok: json.dumps(tok.to_dict())[:500], "Unterminated|Expecting|Invalid"),
     (lambda tok: "[1, 2]", "expected the keys"),
     (lambda tok: "{}", "expected the keys"),
     (lambda tok: broken(tok, ranks=None), "expected the keys"),
@@ -425,16 +427,17 @@ def test_named_with_an_unknown_name():
 # ---------------------------------------------------------------- the command line
 
 def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
-    (tmp_path / "a.txt").write_bytes((TEXT + "\r\n" * 50).encode())  # taken byte by byte
-    rows = json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(["zebra zebra", 3, None]) + "\n"
+    (tmp_path / "a.txt").write_bytes((TEXT.replace("\n", "\r\n") + "\r\n" * 50).encode())
+    rows = json.dumps({"messages": CHAT, "id": "zebra zebra"}) + "\n\n" + json.dumps(
+        {"prompt": "zebu zebu", "url": "http"}) + "\n"
     (tmp_path / "b.jsonl").write_text(rows)
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"quokka quokka quokka"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "walrus"}\n'))
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
     out = tmp_path / "out" / "tokenizer.json"
     main([*names, "--vocab_size", "420", "--out", str(out)])
-    texts = [TEXT + "\r\n" * 50, *[message["content"] for message in CHAT], "zebra zebra",
-             "quokka quokka quokka", "walrus"]  # the roles are left out
+    texts = [TEXT, *[message["content"].strip() for message in CHAT], "zebu zebu",
+             "quokka quokka quokka", "walrus"]  # the roles are left out, and what nobody says
     tok = Tokenizer.load(out)
     assert_same(tok, Tokenizer.train(texts, 420))
     report = capsys.readouterr().out
@@ -444,9 +447,9 @@ def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "no such file"),
-    ("empty.txt", b" \n", "there is no text"),
-    ("rows.jsonl", b'{"a": "b"}\n{"a": \n', "line 2: not JSON"),
-    ("numbers.jsonl", b"[1, 2]\n", "there is no text"),
+    ("empty.txt", b" \n", "white space only"),
+    ("rows.jsonl", b'{"text": "b"}\n{"a": \n', "line 2: found broken JSON"),
+    ("numbers.jsonl", b"[1, 2]\n", "the beginning of a list"),
     ("latin.txt", b"caf\xe9", "expected UTF-8 text"),
     ("bad.txt.gz", b"not gzip", "expected a whole gzip file"),
     ("cut.txt.gz", gzip.compress(TEXT.encode(), mtime=0)[:60], "expected a whole gzip file"),

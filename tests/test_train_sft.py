@@ -146,7 +146,7 @@ def test_check_33_a_cut_dialogue_trains_on_its_last_answer_and_nothing_else(cont
         assert row[1:][m].tolist() == [i for i, trained in zip(ids, mask) if trained]
 
 
-def test_a_turn_that_is_marked_as_not_to_be_trained_is_read_only(road, tmp_path, capsys):
+def test_check_14_a_turn_that_is_marked_as_not_to_be_trained_is_read_only(road, tmp_path, capsys):
     """Bug: "weight": 0 on an assistant message was read over, and its answer imitated."""
     turns = chat("cow?", "moo, fool.", "dog?", "woof")
     turns[1]["weight"] = 0
