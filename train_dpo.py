@@ -47,7 +47,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
     beta: float = 0.3  # scale of the implicit reward; smaller lets the policy move further
     label_smoothing: float = 0.0  # share of labels believed to be flipped; up to 1
-    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
     eval_every: int = 20  # steps between evaluations; above 0
     save_every: int = 100  # steps between checkpoints; above 0

@@ -44,7 +44,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
     margin: float = 0.0  # score margin of a "significantly better" pair; lower grades get less
-    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
     num_normalize: int = 512  # SFT answers sampled to set the scores' mean and deviation
     max_new_tokens: int = 48  # longest of those answers in tokens; above 0

@@ -42,7 +42,7 @@ class Config:
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
-    too_long: str = "refuse"  # dialogues longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.05  # share of the dialogues kept for evaluation; up to 1
     eval_every: int = 150  # steps between evaluations; above 0
     save_every: int = 200  # steps between checkpoints; above 0

@@ -231,7 +231,8 @@ def test_a_question_that_stands_there_twice_says_nothing_new():
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0},
                                   {"train": 0, "weight": 0}])
 def test_check_14_a_turn_that_is_not_to_be_trained_keeps_its_mark_in_a_demonstration_only(mark):
-    turns = [USER, {**ASSISTANT, **mark}, {**USER, "weight": 0}, {**DOG, "weight": 1, "train": True}]
+    turns = [USER, {**ASSISTANT, **mark}, {**USER, "weight": 0},
+             {**DOG, "weight": 1, "train": True}]
     read = formats.parse_demonstration({"messages": turns})["messages"]
     assert read == [USER, {**ASSISTANT, "train": False}, USER, DOG]
     assert formats.parse_demonstration({"messages": read})["messages"] == read
@@ -288,12 +289,13 @@ def test_white_space_at_the_edges_goes_in_every_shape():
 @pytest.mark.parametrize("text", [
     "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Hello\r\n\r\nHuman: So?\r\n\r\nAssistant:",
     "Human: Hi\n\nAssistant: Hello\n\nHuman: So?\n\nAssistant:",
-    "\nHuman: Hi\n\nAssistant: Hello\n\nHuman: So?", " Human: Hi\n\nAssistant: Hello\n\nHuman: So?"])
+    "\nHuman: Hi\n\nAssistant: Hello\n\nHuman: So?",
+    " Human: Hi\n\nAssistant: Hello\n\nHuman: So?"])
 def test_a_transcript_is_known_without_its_first_blank_lines_and_with_other_line_ends(text):
     """Bug: it became one turn of the user's, in which "Human:" and "Assistant:" were said."""
     messages = formats.parse_prompt({"prompt": text})["messages"]
     assert [m["content"] for m in messages] == ["Hi", "Hello", "So?"]
-    assert [m["content"] for m in formats.parse_prompt({"prompt": "Human: Hi"})["messages"]] == ["Hi"]
+    assert formats.parse_prompt({"prompt": "Human: Hi"})["messages"][0]["content"] == "Hi"
     # Some real answers begin so; what follows no question is no transcript.
     assert formats.split_answer("Human: no") == (None, "Human: no")
 

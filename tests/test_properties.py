@@ -1016,7 +1016,8 @@ def test_every_prompt_is_on_one_side_with_all_its_rows(prompts, share, seed):
 
 
 @settings(PROFILE, max_examples=150)
-@given(contents=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=7),
+@given(contents=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1,
+                         max_size=7),
        answers=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3),
        system=st.booleans(), max_len=st.integers(6, 80),
        too_long=st.sampled_from(["refuse", "drop", "cut"]))

@@ -928,8 +928,8 @@ def test_check_38_each_step_has_its_own_learning_rate(stage, road, tmp_path, mon
 
 @pytest.mark.parametrize("stage, says", [
     ("sft", "| 40 dialogues of {}, 2 left out (longer than 64 tokens)\n"),
-    ("rm", "| 40 prompts of {}, 5 left out, 2 of them ties; answers left out: 1 identical, 2 longer "
-           "than 64 tokens\n"),
+    ("rm", "| 40 prompts of {}, 5 left out, 2 of them ties; answers left out: 1 identical, 2 "
+           "longer than 64 tokens\n"),
     ("dpo", "| 40 pairs of {}; left out: 2 ties, 1 identical, 2 longer than 64 tokens\n")])
 def test_what_is_left_out_is_counted(stage, says, road, tmp_path, capsys):
     """Bug: counts that run backwards, of which "-2 left out" was taken for "2 left out"."""

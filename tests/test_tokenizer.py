@@ -17,6 +17,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from minirlhf.tokenizer import (SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, main, merge_pair,
                                 train_bpe)
+from minirlhf.plumbing.formats import read_documents
 
 TEXT = """The old lighthouse keeper counted 128 waves, then 4096 more. "They're all different,"
 he said, "and I'll never tire of them!"  The gulls didn't agree; they'd seen the waves before.
@@ -202,6 +203,14 @@ def test_mask_covers_every_assistant_turn_with_its_end_and_nothing_else(tok):
         "<|assistant|><|user|>And a cat?<|end|><|assistant|>")
 
 
+def test_check_14_a_turn_that_is_marked_is_read_and_not_trained(tok):
+    """Bug: "train": False was read over, and what nobody should imitate was imitated."""
+    marked = [*CHAT[:2], {**CHAT[2], "train": False}, CHAT[3], {**CHAT[4], "train": True}]
+    ids, mask = tok.encode_chat(marked)
+    assert ids == tok.encode_chat(CHAT)[0]
+    assert tok.decode([idx for idx, m in zip(ids, mask) if m]) == " MEOW. \n<|end|>"
+
+
 def test_one_begin_and_no_double_end(tok):
     ids, _ = tok.encode_chat(CHAT)
     assert ids.count(tok.begin_id) == 1 and ids[0] == tok.begin_id
@@ -297,6 +306,15 @@ def test_save_and_load(tok, tmp_path):
     tok.save(path)  # writing over it is fine
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
     assert '" keeper"' in path.read_text(encoding="utf-8")  # a person can read it
+
+
+def test_a_stored_pattern_is_kept(tok, tmp_path):
+    """Bug: a tokenizer of before a change of SPLIT_PATTERN would read text in another way."""
+    old = Tokenizer(tok.ranks, pattern=SPLIT_PATTERN.replace(r"[\p{L}\p{M}]*", r"\p{L}*"))
+    old.save(tmp_path / "tokenizer.json")
+    assert_same(old, again := Tokenizer.load(tmp_path / "tokenizer.json"))
+    hindi = "\u0939\u093f\u0928"  # its second sign is a mark, no letter
+    assert regex.findall(again.pattern, hindi) != regex.findall(SPLIT_PATTERN, hindi) == [hindi]
 
 
 def test_an_interrupted_save_leaves_the_old_file(tok, tmp_path, monkeypatch):
@@ -463,6 +481,31 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, capsys, name, con
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_command_replaces_a_tokenizer_and_nothing_else(tok, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "tokenizer.json"
+    tok.save(out)
+    main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
+    assert Tokenizer.load(out).n_vocab == 270
+    for content in ('{"mine": 1}', "mine", '{"name": "gpt2", "more": 1}'):
+        out.write_text(content)
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
+        assert out.read_text() == content and "did not write it" in capsys.readouterr().err
+
+
+def test_pretraining_and_the_tokenizer_mean_the_same_text(tmp_path, capsys):
+    """Bug: one read "\\r\\n", "<|endoftext|>" and a row's id as text, and the other did not."""
+    (tmp_path / "a.txt").write_bytes(b"one cow\r\n<|endoftext|>\r\n\r\ntwo\r\ncows<|endoftext|>")
+    (tmp_path / "b.jsonl").write_text('{"text": "three\\n\\ncows", "id": "zebra zebra"}\n')
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    main([*paths, "--vocab_size", "264", "--out", str(tmp_path / "tokenizer.json")])
+    texts = [text for path in paths for text in read_documents(path)]
+    assert texts == ["one cow", "two\ncows", "three\ncows"]
+    assert_same(Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.train(texts, 264))
+    assert f"{sum(map(len, texts))} bytes" in capsys.readouterr().out
 
 
 def test_open_takes_a_file_of_either_kind_or_a_published_name(tok, tmp_path, monkeypatch):

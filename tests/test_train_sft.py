@@ -135,7 +135,7 @@ def test_check_33_a_cut_dialogue_trains_on_its_last_answer_and_nothing_else(cont
     assert ids[:2] == [run.tokenizer.begin_id, run.tokenizer.user_id]  # no turn without its role
     read = run.tokenizer.decode([i for i, m in zip(ids, mask) if not m])
     question = read.removeprefix("<|begin|><|user|>").removesuffix("<|end|><|assistant|>")
-    assert contents[-2].strip().endswith(question) if contents[-2] == LONG else question == contents[-2]
+    assert question == contents[-2] or contents[-2] == LONG and LONG.strip().endswith(question)
     trained = [i for i, m in zip(ids, mask) if m]
     assert run.tokenizer.decode(trained) == "Please: moo.<|end|>"
     assert mask == sorted(mask)

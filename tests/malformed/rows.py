@@ -107,7 +107,7 @@ CASES = [
                                              "grades": [[0, 1]]}, "2 lists of 2"),
     bad_row("a label of false", "sft", {**DEMO, "label": False}, "answers worth imitating"),
     # Messages
-    bad_row("a picture in a content", "sft", parts({"type": "image_url", "image_url": {"url": "x"}}),
+    bad_row("a picture", "sft", parts({"type": "image_url", "image_url": {"url": "x"}}),
             "in text parts only"),
     bad_row("a part without text", "sft", parts({"type": "text"}), "in text parts only"),
     bad_row("parts that are strings", "sft", {"messages": [{"role": "user", "content": ["cow?"]},

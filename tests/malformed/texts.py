@@ -99,7 +99,8 @@ CASES = [
     prepare("hh_rlhf", "a file for a folder", lambda folder: write(
         folder, "out", "mine") and write(folder, "p.jsonl", [HH, OTHER]), "is a file"),
     prepare("hh_rlhf", "checksums without a download", lambda folder: write(
-        folder, "p.jsonl", [HH, OTHER]), "give it without --source", "--sha256", "{folder}/p.jsonl"),
+        folder, "p.jsonl", [HH, OTHER]), "give it without --source",
+            "--sha256", "{folder}/p.jsonl"),
     Case("hh_rlhf: no address", lambda road, folder: [
         "data/hh_rlhf/prepare.py", "--url", "huggingface", "--out", folder / "out"],
         "expected a web address"),
