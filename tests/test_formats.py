@@ -262,8 +262,9 @@ def test_check_28_equal_scores_are_a_tie_and_contradicting_ones_refused(names):
 
 def test_a_label_of_false_is_refused_in_demonstrations():
     assert formats.parse_demonstration({**ROW, "label": True})["meta"] == {"label": True}
-    with pytest.raises(UserError, match='worth imitating, found "label": false'):
-        formats.parse_demonstration({**ROW, "label": False})
+    for label, said in ((False, "false"), (0, "0"), ("False", '"False"')):
+        with pytest.raises(UserError, match=f'worth imitating, found "label": {said}; remove'):
+            formats.parse_demonstration({**ROW, "label": label})
 
 
 def test_prompts_stand_where_those_of_preferences_do():

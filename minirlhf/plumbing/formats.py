@@ -170,6 +170,8 @@ def instruction_messages(row):
         messages += [{"role": "user", "content": pair[0]},
                      {"role": "assistant", "content": pair[1]}]
     text = checked_text(row["instruction"], "instruction")
+    if is_transcript(text):
+        refuse("one question under instruction", "a transcript", "rename the key to prompt")
     if row.get("input"):
         text += "\n" + checked_text(row["input"], "input")
     return check_messages(messages + [{"role": "user", "content": text}], last="user")
@@ -205,6 +207,8 @@ def prompt_messages(row):
         messages = value
     elif is_transcript(value) or isinstance(value, str) and value.lstrip().startswith("Human:"):
         messages = transcript_messages(value)
+        if len(messages) == 1 and re.search(r"\n(Human|Assistant):", messages[0]["content"]):
+            refuse("a blank line before each speaker of a transcript", value, "write it so")
         if messages[-1] == {"role": "assistant", "content": ""}:
             messages.pop()  # hh-rlhf's prompts end in "\n\nAssistant:", waiting for the answer
     else:
@@ -299,9 +303,9 @@ def meta_of(row, used):
 
 def parse_demonstration(row):
     """{"messages"} or {"instruction", "input", "output", "history"} -> {"messages", "meta"}."""
-    if row.get("label") is False:
-        refuse("answers worth imitating", '"label": false', "remove the row: so data sets of the "
-               "kind that KTO learns from mark what nobody should say")
+    if row.get("label") in (False, "false", "False"):
+        refuse("answers worth imitating", f'"label": {json.dumps(row["label"])}', "remove the row, "
+               "if the label marks what nobody should say, as in data for KTO; else rename the key")
     if "messages" in row:
         messages, used = check_messages(row["messages"], last="assistant"), ("messages",)
         prompt = row.get("prompt")

@@ -105,6 +105,7 @@ CASES = [
             "ranks as 2"),
     bad_row("grades of another size", "rm", {"prompt": "a", "output": ["b", "c"],
                                              "grades": [[0, 1]]}, "2 lists of 2"),
+    bad_row("a label of 0", "sft", {**DEMO, "label": 0}, "else rename the key"),
     bad_row("a label of false", "sft", {**DEMO, "label": False}, "answers worth imitating"),
     # Messages
     bad_row("a picture", "sft", parts({"type": "image_url", "image_url": {"url": "x"}}),
@@ -133,6 +134,10 @@ CASES = [
             {"prompt": "\r\n\r\nHuman: cow?\r\n\r\nAssistant: moo"}, "a prompt with the user"),
     bad_row("a transcript that the assistant opens", "ppo",
             {"prompt": "Human:\n\nAssistant: moo\n\nHuman: a"}, "to have text in it"),
+    bad_row("a transcript without blank lines", "ppo", {"prompt": "Human: a\nAssistant: b\nHuman: c"},
+            "a blank line before each speaker"),
+    bad_row("a transcript for an instruction", "sft", {
+        "instruction": "Human: a\n\nAssistant: b\n\nHuman: c", "output": "d"}, "one question under"),
     bad_row("transcripts of two questions", "rm", {
         "chosen": "Human: cow?\n\nAssistant: moo", "rejected": "Human: dog?\n\nAssistant: woof"},
         "two that differ"),
