@@ -134,10 +134,10 @@ CASES = [
             {"prompt": "\r\n\r\nHuman: cow?\r\n\r\nAssistant: moo"}, "a prompt with the user"),
     bad_row("a transcript that the assistant opens", "ppo",
             {"prompt": "Human:\n\nAssistant: moo\n\nHuman: a"}, "to have text in it"),
-    bad_row("a transcript without blank lines", "ppo", {"prompt": "Human: a\nAssistant: b\nHuman: c"},
-            "a blank line before each speaker"),
+    bad_row("a transcript without blank lines", "ppo",
+            {"prompt": "Human: a\nAssistant: b\nHuman: c"}, "a blank line before each speaker"),
     bad_row("a transcript for an instruction", "sft", {
-        "instruction": "Human: a\n\nAssistant: b\n\nHuman: c", "output": "d"}, "one question under"),
+        "instruction": "Human: a\n\nAssistant: b\n\nHuman: c", "output": "d"}, "one question"),
     bad_row("transcripts of two questions", "rm", {
         "chosen": "Human: cow?\n\nAssistant: moo", "rejected": "Human: dog?\n\nAssistant: woof"},
         "two that differ"),
