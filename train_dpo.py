@@ -12,13 +12,14 @@ On GPU:  python train_dpo.py --init out/my_sft --data my_preferences.jsonl --lr 
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from minirlhf.batches import (encode_answer, fit, micro_batches, pad_right, plan_batches,
-                              shifted_mask, split_by_prompt)
+                              shifted_mask, split_by_prompt, what_was_cut)
 from minirlhf.losses import dpo_loss
 from minirlhf.masked import sequence_logprobs, token_logprobs
 from minirlhf.plumbing.checkpoints import frozen
@@ -47,7 +48,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
     beta: float = 0.3  # scale of the implicit reward; smaller lets the policy move further
     label_smoothing: float = 0.0  # share of labels believed to be flipped; up to 1
-    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
     eval_every: int = 20  # steps between evaluations; above 0
     save_every: int = 100  # steps between checkpoints; above 0
@@ -64,31 +65,34 @@ class Config:
 def encode(rows, tokenizer, max_len, cfg):
     """Rows -> [{"chosen": (ids, mask), "rejected": (ids, mask), "prompt": text}], one per pair.
 
-    Pairs that are identical, or become so when cut, carry no preference: dropped and counted.
+    Ties and pairs of identical answers carry no preference: dropped and counted.
     """
     if cfg.pairs not in ("best_worst", "all"):
         raise UserError(f"--pairs {cfg.pairs}: expected best_worst or all")
-    pairs, same, too_long = [], 0, 0
+    pairs, same, too_long, ties, cuts = [], 0, 0, 0, Counter()
     for number, row in enumerate(rows):
-        encoded = [encode_answer(tokenizer, row["messages"], a) for a in row["answers"]]
-        over = max(len(ids) for ids, _ in encoded) - max_len  # all lose the same prompt tokens
-        answers = [fit(ids, mask, max_len, cfg.too_long,
-                       f"{cfg.data}, row {number + 1}, answer {k + 1}", over)
-                   for k, (ids, mask) in enumerate(encoded)]
-        K = len(answers)
-        couples = [(i, j) for i in range(K) for j in range(K) if row["ranks"][i] < row["ranks"][j]]
+        messages, texts, lost = fit(tokenizer, row["messages"], row["answers"], max_len,
+                                    cfg.too_long, f"{cfg.data}, row {number + 1}")
+        answers = [None if text is None else encode_answer(tokenizer, messages, text)
+                   for text in texts]
+        K, ranks = len(answers), row["ranks"]
+        couples = [(i, j) for i in range(K) for j in range(i + 1, K)]
         if cfg.pairs == "best_worst":
-            couples = [(0, K - 1)] if (0, K - 1) in couples else []
+            couples = [(0, K - 1)]
+        num_before = len(pairs)
         for i, j in couples:
-            if answers[i] is None or answers[j] is None:
+            if ranks[i] == ranks[j]:
+                ties += 1
+            elif answers[i] is None or answers[j] is None:
                 too_long += 1
             elif answers[i][0] == answers[j][0]:
                 same += 1
             else:
                 prompt = "\n".join(m["content"] for m in row["messages"])
                 pairs.append({"chosen": answers[i], "rejected": answers[j], "prompt": prompt})
-    print(f"data   | {len(pairs):,} pairs of {cfg.data}; left out: {same} identical, "
-          f"{too_long} longer than {max_len} tokens")
+        cuts[lost] += len(pairs) > num_before
+    print(f"data   | {len(pairs):,} pairs of {cfg.data}; left out: {ties:,} ties, {same:,} "
+          f"identical, {too_long:,} longer than {max_len} tokens{what_was_cut(cuts)}")
     return pairs
 
 

@@ -11,12 +11,13 @@ On GPU:  python train_rm.py --init out/my_sft --data my_preferences.jsonl --num_
              --too_long cut          (not timed)
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from minirlhf.batches import (encode_answer, fit, micro_batches, pad_right, plan_batches,
-                              response_mask, split_by_prompt)
+                              response_mask, split_by_prompt, what_was_cut)
 from minirlhf.generate import generate
 from minirlhf.losses import reward_model_loss
 from minirlhf.model import ScalarModel
@@ -43,7 +44,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
     margin: float = 0.0  # score margin of a "significantly better" pair; lower grades get less
-    too_long: str = "refuse"  # answers longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.1  # share of the prompts kept for evaluation; up to 1
     num_normalize: int = 512  # SFT answers sampled to set the scores' mean and deviation
     max_new_tokens: int = 48  # longest of those answers in tokens; above 0
@@ -63,19 +64,20 @@ def encode(rows, tokenizer, max_len, cfg):
     """Rows -> [{"ids": K lists, "ranks": K ints, "grades": K x K or None, "row": number,
     "prompt_len": tokens before the answers}].
 
-    Answers that are the same after cutting make no pair, so the second of them is left out.
+    Answers that are the same make no pair, so the second of them is left out; ties make none.
     """
-    examples, same, too_long = [], 0, 0
+    examples, same, too_long, ties, cuts = [], 0, 0, 0, Counter()
     for number, row in enumerate(rows):
+        messages, answers, lost = fit(tokenizer, row["messages"], row["answers"], max_len,
+                                      cfg.too_long, f"{cfg.data}, row {number + 1}")
+        ties += len(set(row["ranks"])) < 2
         kept, seen = [], set()
-        encoded = [encode_answer(tokenizer, row["messages"], a) for a in row["answers"]]
-        over = max(len(ids) for ids, _ in encoded) - max_len  # all lose the same prompt tokens
-        for k, (ids, mask) in enumerate(encoded):
-            example = fit(ids, mask, max_len, cfg.too_long,
-                          f"{cfg.data}, row {number + 1}, answer {k + 1}", over)
-            if example is None:
+        for k, answer in enumerate(answers):
+            if answer is None:
                 too_long += 1
-            elif tuple(example[0]) in seen:
+                continue
+            example = encode_answer(tokenizer, messages, answer)
+            if tuple(example[0]) in seen:
                 same += 1
             else:
                 seen.add(tuple(example[0]))
@@ -84,11 +86,13 @@ def encode(rows, tokenizer, max_len, cfg):
         ranks = [row["ranks"][k] for k, _ in kept]
         if len(set(ranks)) < 2:
             continue  # no strict pair is left
+        cuts[lost] += 1
         grades = row["grades"] and [[row["grades"][i][j] for j, _ in kept] for i, _ in kept]
         examples.append({"ids": [ids for _, ids in kept], "ranks": ranks, "grades": grades,
                          "row": number, "prompt_len": prompt_len})
-    print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples)} left out"
-          f"; answers left out: {same} identical, {too_long} longer than {max_len} tokens")
+    print(f"data   | {len(examples):,} prompts of {cfg.data}, {len(rows) - len(examples):,} left "
+          f"out, {ties:,} of them ties; answers left out: {same:,} identical, {too_long:,} longer "
+          f"than {max_len} tokens{what_was_cut(cuts)}")
     return examples
 
 

@@ -10,11 +10,13 @@ On GPU:  python train_sft.py --init out/my_base --data my_demonstrations.jsonl -
              --too_long drop          (not timed)
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import fit, micro_batches, pad_right, plan_batches, shifted_mask
+from minirlhf.batches import (fit, micro_batches, pad_right, plan_batches, shifted_mask,
+                              what_was_cut)
 from minirlhf.generate import generate
 from minirlhf.losses import sft_loss
 from minirlhf.masked import token_logprobs
@@ -40,7 +42,7 @@ class Config:
     final_lr: float = 0.05  # last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
-    too_long: str = "refuse"  # dialogues longer than the context: refuse | drop | cut
+    too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
     held_out: float = 0.05  # share of the dialogues kept for evaluation; up to 1
     eval_every: int = 150  # steps between evaluations; above 0
     save_every: int = 200  # steps between checkpoints; above 0
@@ -57,12 +59,18 @@ class Config:
 
 def encode(rows, tokenizer, max_len, cfg):
     """Rows -> list of (ids, mask), the mask True on every assistant token and its end token."""
-    encoded = [fit(*tokenizer.encode_chat(row["messages"]), max_len, cfg.too_long,
-                   f"{cfg.data}, dialogue {i + 1}") for i, row in enumerate(rows)]
-    kept = [example for example in encoded if example is not None]
-    print(f"data   | {len(kept):,} dialogues of {cfg.data}, {len(rows) - len(kept)} left out "
-          f"(longer than {max_len} tokens)")
-    return kept
+    examples, cuts = [], Counter()
+    for number, row in enumerate(rows):
+        *prompt, answer = row["messages"]
+        prompt, [text], lost = fit(tokenizer, prompt, [answer["content"]], max_len, cfg.too_long,
+                                   f"{cfg.data}, dialogue {number + 1}")
+        ids, mask = tokenizer.encode_chat([*prompt, answer])
+        if text is not None and any(mask):  # a cut may take away all turns that are trained
+            examples.append((ids, mask))
+            cuts[lost] += 1
+    print(f"data   | {len(examples):,} dialogues of {cfg.data}, {len(rows) - len(examples):,} left "
+          f"out (longer than {max_len} tokens){what_was_cut(cuts)}")
+    return examples
 
 
 def make_batch(examples, device):

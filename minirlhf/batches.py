@@ -1,8 +1,15 @@
 """From lists of token ids to right-padded tensors, and the masks that lengths imply."""
 
+import tempfile
+
+import numpy as np
 import torch
 
 from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import writing
+
+TEMPLATE = 4  # tokens around a lone question: begin, user, end, assistant
+CHUNK = 2**20  # characters of text that are in memory as tokens at one time
 
 
 def pad_right(rows, device="cpu"):
@@ -48,6 +55,49 @@ def pack(documents, separator):
         stream.extend(document)
         stream.extend(separator)
     return torch.tensor(stream, dtype=torch.int64)
+
+
+def token_streams(tokenizer, documents, share, generator):
+    """Text -> two streams for pretraining, (N,) and (M,) int32: to train on, and held out.
+
+    documents: an iterable of texts, best one that reads its files as it goes (`read_documents`);
+    each is followed by a blank line. Tokens go to unnamed temporary files, of which the streams are
+    views, so text and tokens need not fit into memory; the files go with the streams.
+    share: of the tokens to hold out, in whole documents drawn by `generator` from the whole text:
+    a text's last pages may be of another kind. Each document of a chunk, in random order, is held
+    out if that brings their share of all tokens so far nearer to `share`.
+    """
+    files, counts = (tempfile.TemporaryFile(), tempfile.TemporaryFile()), [0, 0]
+    separator = tokenizer.encode("\n\n")
+    with writing(tempfile.gettempdir()):
+        for chunk in chunks_of(documents):
+            encoded = [np.array(ids + separator, dtype=np.int32)
+                       for ids in tokenizer.encode_batch(chunk)]
+            total, held_out = sum(counts) + sum(map(len, encoded)), set()
+            for i in torch.randperm(len(encoded), generator=generator).tolist():
+                if counts[1] + len(encoded[i]) / 2 <= share * total:
+                    held_out.add(i)
+                    counts[1] += len(encoded[i])
+            counts[0] = total - counts[1]
+            for i, ids in enumerate(encoded):
+                files[i in held_out].write(ids.tobytes())
+        for file in files:
+            file.flush()
+    return tuple(torch.from_numpy(np.memmap(file, dtype=np.int32, mode="r+")) if count
+                 else torch.zeros(0, dtype=torch.int32) for file, count in zip(files, counts))
+
+
+def chunks_of(documents):
+    """Yield lists of documents that have CHUNK characters together, or a little more."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def random_blocks(stream, num_steps, batch_size, T, generator):
@@ -106,30 +156,63 @@ def split_by_prompt(prompts, share, generator):
     return sides[0], sides[1]
 
 
-def fit(ids, mask, max_len, too_long, where, over=None):
-    """Make one encoded example fit the context.
+def fit(tokenizer, messages, answers, max_len, too_long, where):
+    """Make a prompt and its answers fit the context -> (messages, answers, what the prompt lost).
 
-    ids, mask: equally long lists; mask is True on the trained tokens, the last of which ends the
-    row. too_long: "refuse" raises UserError naming `where`; "drop" returns None; "cut" keeps the
-    *end*, where the last response is, and cuts `over` tokens after the first (the begin token), ids
-    and mask alike. It returns None where that would cut into the last response or leave nothing of
-    its prompt. over: how many tokens to cut, as many as needed if None; answers to be compared
-    must all lose the same tokens of their prompt, else each would answer another one.
+    messages: a conversation up to the user's last turn. answers: texts, one of a dialogue, or K to
+    be compared. too_long, where some have more than max_len tokens together with the prompt:
+    "refuse" raises UserError naming `where`; "drop" leaves these answers out: None in their place;
+    "cut" shortens the prompt as the longest answer needs it, for all of them alike, else each would
+    answer another one. Answers are never cut: one that leaves a prompt no room is None here, too.
+    What the prompt lost is "" (nothing) or one of the kinds that `shorten` names.
     """
-    over = len(ids) - max_len if over is None else over
-    if over <= 0 or (too_long != "cut" and len(ids) <= max_len):
-        return ids, mask
+    prompt_len = len(tokenizer.encode_prompt(messages))
+    sizes = [len(tokenizer.encode(answer)) + 1 for answer in answers]  # + 1: the end token
+    if prompt_len + max(sizes) <= max_len:
+        return messages, answers, ""
     if too_long == "refuse":
-        raise UserError(f"{where} has {len(ids)} tokens, {max_len} fit; shorten it, or give "
-                        "--too_long drop (leave such rows out) or --too_long cut (cut prompts)")
-    start = len(mask) - mask[::-1].index(False)  # of the last response
-    if too_long == "drop" or start <= over + 1:
-        return None
-    kept = mask[1 + over :]
-    if kept[0]:  # the cut goes through an earlier response: what is left of it is no answer
-        beheaded = kept.index(False)
-        kept = [False] * beheaded + kept[beheaded:]
-    return ids[:1] + ids[1 + over :], mask[:1] + kept
+        k = next(k for k, size in enumerate(sizes) if prompt_len + size > max_len)
+        where += f", answer {k + 1}" if len(answers) > 1 else ""
+        raise UserError(f"{where} has {prompt_len + sizes[k]} tokens, {max_len} fit; shorten it, "
+                        "or give --too_long drop (leave such rows out) or --too_long cut (cut "
+                        "prompts)")
+    room = max_len - (TEMPLATE + 1 if too_long == "cut" else prompt_len)  # for an answer
+    answers = [answer if size <= room else None for answer, size in zip(answers, sizes)]
+    if too_long == "drop" or answers == [None] * len(answers):
+        return messages, answers, ""
+    longest = max(size for size in sizes if size <= room)
+    shorter, lost = shorten(tokenizer, messages, max_len - longest)
+    return (shorter, answers, lost) if shorter else (messages, [None] * len(answers), "")
+
+
+def shorten(tokenizer, messages, room):
+    """A prompt cut down to `room` tokens, and what it lost: "", "turns", "the system turn" or "the
+    beginning of the last question".
+
+    Whole turns go first, the oldest first, each question with its answer, so that roles still take
+    turns; then the system message; and only where the last question alone is too long, its
+    beginning. None instead of messages where not a character of it would be left.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system):]
+    for start in range(0, len(turns), 2):
+        if len(tokenizer.encode_prompt(system + turns[start:])) <= room:
+            return system + turns[start:], "turns" if start else ""
+    if system and len(tokenizer.encode_prompt(turns[-1:])) <= room:
+        return turns[-1:], "the system turn"
+    ids = tokenizer.encode(turns[-1]["content"])
+    for num_left in range(room - TEMPLATE, 0, -1):
+        # The cut may fall within a character's bytes; and another beginning may split otherwise.
+        text = tokenizer.decode(ids[-num_left:]).lstrip("\ufffd").strip()
+        if text and len(tokenizer.encode(text)) <= room - TEMPLATE:
+            return [{"role": "user", "content": text}], "the beginning of the last question"
+    return None, ""
+
+
+def what_was_cut(cuts):
+    """The end of a script's line about its data: a Counter of what rows lost, kind by kind."""
+    lost = [f"{count:,} lost {kind}" for kind, count in sorted(cuts.items()) if kind]
+    return f"; cut to fit: {', '.join(lost)}" if lost else ""
 
 
 def encode_answer(tokenizer, messages, answer):

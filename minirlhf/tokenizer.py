@@ -22,19 +22,23 @@ import regex  # like re, but it knows \p{L}, "any letter of any script"
 import tiktoken
 
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_file, write_text
+from minirlhf.plumbing.files import check_output, parse_json, read_file, write_text
+from minirlhf.plumbing.formats import read_documents
+
+LARGEST = 1_000_000  # ids in a vocabulary; published ones have up to a quarter of that
 
 # Their ids follow the ranks, in this order. They exist only as ids: no text encodes to them.
 SPECIAL_TOKENS = ("<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 # Text is cut into pieces first, and merges never cross a piece: otherwise "dog.", "dog!" and
 # "dog?" would each become a token. A word keeps the space before it (" dog" is one token), so
-# that a sentence needs no tokens for its spaces. These are GPT-2's rules with two changes: it
-# makes one piece of a number of any length, so 1987 gets a token of its own; and it has no 64
-# below, where a very long run of spaces overflows the stack of the regex engine.
+# that a sentence needs no tokens for its spaces. These are GPT-2's rules with three changes: it
+# makes one piece of a number of any length, so 1987 gets a token of its own; it cuts a Hindi word
+# at each vowel sign, which Unicode calls a mark, \p{M}; and it has no 64 below, where a very long
+# run of spaces overflows the stack of the regex engine.
 SPLIT_PATTERN = "|".join([
     r"'(?:[sdmt]|ll|ve|re)",  # English endings: 's 'd 'm 't 'll 've 're
-    r" ?\p{L}+",              # a word: letters of any script, perhaps with a space before them
+    r" ?\p{L}[\p{L}\p{M}]*",  # a word: letters of any script with their accents and vowel signs
     r" ?\p{N}{1,3}",          # up to three digits
     r" ?[^\s\p{L}\p{N}]+",    # punctuation, symbols, emoji
     r"\s{1,64}(?!\S)",        # whitespace, less the last space, which belongs to the next word
@@ -116,14 +120,16 @@ def merge_pair(word, pair, new_id):
 
 # ---------------------------------------------------------------- the tokenizer
 
+PROBE = "A  word's 12345 of\tanything:\n\n é! 海 हिन्दी \N{GRINNING FACE}  "
+
+
 def check_pattern(pattern):
-    """Raise UserError unless the pattern cuts a probe text into pieces without losing any of it."""
-    probe = "A  word's 12345 of\tanything:\n\n é! 海 \N{GRINNING FACE}  "
+    """Raise UserError unless the pattern cuts PROBE into pieces without losing any of it."""
     try:
-        pieces = [found[0] for found in regex.finditer(pattern, probe)]
-    except regex.error as error:
+        pieces = [found[0] for found in regex.finditer(pattern, PROBE)]
+    except (regex.error, MemoryError) as error:  # the latter where it calls itself without end
         raise UserError(f"the tokenizer's pattern is no regular expression: {error}") from error
-    if "" in pieces or "".join(pieces) != probe:
+    if "" in pieces or "".join(pieces) != PROBE:
         raise UserError(f"the tokenizer's pattern {pattern[:60]!r} loses text: its pieces have to "
                         "be the whole text, none of them empty")
 
@@ -137,15 +143,21 @@ class Tokenizer:
 
     def __init__(self, ranks, pattern=SPLIT_PATTERN, name=None):
         ids = {token: idx for idx, token in enumerate(ranks)}
-        if len(ids) != len(ranks) or any(bytes([b]) not in ids for b in range(256)):
-            raise UserError("a vocabulary needs all 256 single bytes, and each token only once")
+        if len(ids) != len(ranks) or b"" in ids or any(bytes([b]) not in ids for b in range(256)):
+            raise UserError("a vocabulary needs all 256 single bytes, and each token only once, "
+                            "none of them empty")
         check_pattern(pattern)
         self.ranks, self.pattern, self.name = list(ranks), pattern, name
         specials = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.begin_id, self.system_id, self.user_id, self.assistant_id, self.end_id = (
             specials.values())
-        self.encoding = tiktoken.Encoding(
-            name or "minirlhf", pat_str=pattern, mergeable_ranks=ids, special_tokens=specials)
+        try:
+            self.encoding = tiktoken.Encoding(
+                name or "minirlhf", pat_str=pattern, mergeable_ranks=ids, special_tokens=specials)
+        except ValueError as error:  # it knows fewer expressions than `regex`
+            raise UserError(f"tiktoken can't use the tokenizer's pattern: {error}") from error
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError(f"the tokenizer's pattern {pattern[:60]!r} loses text in tiktoken")
 
     @property
     def n_vocab(self):
@@ -156,9 +168,10 @@ class Tokenizer:
     def train(cls, texts, vocab_size):
         """Train on a str or an iterable of str; vocab_size counts the special tokens too."""
         smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
+        if not smallest <= vocab_size <= LARGEST:
             raise UserError(f"vocab_size is {vocab_size}, but the 256 bytes and the special "
-                             f"tokens alone need {smallest}: choose at least that")
+                            f"tokens alone need {smallest}: choose at least that, and at most "
+                            f"{LARGEST:,}")
         tokenizer = cls(train_bpe(texts, vocab_size - smallest))
         if tokenizer.n_vocab < vocab_size:
             raise UserError(f"vocab_size is {vocab_size}, but this text has only enough different "
@@ -220,10 +233,15 @@ class Tokenizer:
         """The inverse of `to_dict`; ValueError if `d` is not one of its dicts."""
         if isinstance(d, dict) and isinstance(d.get("name"), str):
             return cls.named(d["name"])
+        if isinstance(d, dict) and isinstance(d.get("model"), dict):
+            raise UserError("a tokenizer of Hugging Face's library, which can't be read; train one "
+                            "(python -m minirlhf.tokenizer --help), or name a published one: gpt2")
         try:
             if tuple(d["special_tokens"]) != SPECIAL_TOKENS:
-                raise UserError(f"its special tokens are {d['special_tokens']}, expected "
-                                 f"{SPECIAL_TOKENS}: train the tokenizer again")
+                raise UserError(f"its special tokens are {str(d['special_tokens'])[:60]}, expected "
+                                f"{SPECIAL_TOKENS}: train the tokenizer again")
+            if not isinstance(d["ranks"], list):  # a text would be taken for a list of letters
+                raise TypeError
             return cls([token.encode("latin-1") for token in d["ranks"]], d["pattern"])
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
             raise UserError("not a tokenizer: expected the keys pattern, special_tokens and "
@@ -238,8 +256,8 @@ class Tokenizer:
         """Read what `save` wrote; ValueError naming the file if it is missing or broken."""
         text = read_file(path)
         try:
-            return cls.from_dict(json.loads(text))
-        except (ValueError, RecursionError) as error:  # json's own error is a ValueError too
+            return cls.from_dict(parse_json(text))
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
     @classmethod
@@ -291,14 +309,15 @@ class Tokenizer:
         with <|assistant|>, so that a model goes on with the answer.
         Returns ids, a list of int, and loss_mask, a list of bool of the same length: True at the
         content of every assistant turn and at its <|end|>, for a model that is never trained on
-        the end never stops. ids of a chat start with the ids of its first messages.
+        the end never stops; but a message with "train": False is read only. ids of a chat start
+        with the ids of its first messages.
         """
         check_messages(messages, add_assistant)
         role_ids = {"system": self.system_id, "user": self.user_id, "assistant": self.assistant_id}
         ids, loss_mask = [self.begin_id], [False]
         for message in messages:
             content = self.encode(message["content"])
-            trained = message["role"] == "assistant"
+            trained = message["role"] == "assistant" and message.get("train", True)
             ids += [role_ids[message["role"]], *content, self.end_id]
             loss_mask += [False] + [trained] * (len(content) + 1)  # + 1: the end token
         if add_assistant:
@@ -334,57 +353,57 @@ def check_messages(messages, add_assistant=False):
 
 # ---------------------------------------------------------------- files and command line
 
-def read_texts(path):
-    """List of texts in a file: the whole of it, or every string in the lines of a .jsonl."""
-    texts = [read_file(path)]
-    if str(path).removesuffix(".gz").endswith(".jsonl"):
-        lines, texts = texts[0].split("\n"), []
-        for i, line in enumerate(lines):
-            try:
-                texts += strings_in(json.loads(line)) if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {i + 1}: not JSON: {error}") from error
-    if not any(text.strip() for text in texts):
-        raise UserError(f"{path}: there is no text in this file")
-    return texts
+def is_tokenizer(text):
+    """Whether a file's text is what `Tokenizer.save` writes."""
+    try:
+        content = parse_json(text)
+    except UserError:
+        return False
+    return isinstance(content, dict) and ("special_tokens" in content or [*content] == ["name"])
 
 
-def strings_in(value):
-    """All strings inside a JSON value, less keys and roles: the template writes roles as ids."""
-    if isinstance(value, dict):
-        value = [item for key, item in value.items() if key != "role"]
-    if isinstance(value, list):
-        return [text for item in value for text in strings_in(item)]
-    return [value] if isinstance(value, str) else []
+def refuse_words(message):
+    """argparse's own way out prints its usage, too; here every mistake is answered in one line."""
+    raise UserError(f"{message}; --help lists every option")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.tokenizer",
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.tokenizer", allow_abbrev=False,
                                      description="Train a byte-level BPE tokenizer.")
     parser.add_argument("files", nargs="+", help=".txt or .jsonl, perhaps with .gz after it")
     parser.add_argument("--vocab_size", type=int, default=1024, help="special tokens included")
-    parser.add_argument("--out", default="data/toy/tokenizer.json", help="file to write")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", default="data/toy/tokenizer.json", help="file to write, a .json")
+    parser.error = refuse_words
     try:
-        texts = [text for path in args.files for text in read_texts(path)]
-        tokenizer = Tokenizer.train(texts, args.vocab_size)
+        args = parser.parse_args(argv)
+        check_output(args.out, is_tokenizer)
+        if not args.out.endswith(".json"):  # by its end --tokenizer tells it from a published name
+            raise UserError(f"--out {args.out}: expected a name in .json")
+        tokenizer = Tokenizer.train(texts_of(args.files), args.vocab_size)
         tokenizer.save(args.out)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
-    num_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in texts)
-    num_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    num_bytes, num_tokens, longest_text = 0, 0, ""
+    for text in texts_of(args.files):
+        num_bytes += len(text.encode("utf-8"))
+        num_tokens += len(tokenizer.encode(text))
+        longest_text = max(longest_text, text[:400], key=len)
     longest = sorted(tokenizer.ranks, key=len, reverse=True)[:8]
-    example = " ".join(max(texts, key=len)[:400].split())[:80]
-    pieces = [tokenizer.decode([idx]) for idx in tokenizer.encode(example)]
+    example = tokenizer.encode(" ".join(longest_text.split())[:80])
     print(f"vocabulary      {tokenizer.n_vocab} = 256 bytes + {len(tokenizer.ranks) - 256} merges "
           f"+ {len(SPECIAL_TOKENS)} special tokens")
     print(f"text            {num_bytes:,} bytes = {num_tokens:,} tokens, "
           f"{num_bytes / num_tokens:.2f} bytes per token")
     print(f"longest tokens  {[token.decode('utf-8', errors='replace') for token in longest]}")
-    print(f"an example      {'|'.join(pieces)}")
+    print(f"an example      {'|'.join(tokenizer.decode([idx]) for idx in example)}")
     print(f"written         {args.out}, fingerprint {tokenizer.fingerprint()}")
+
+
+def texts_of(paths):
+    """The texts of all files, one after the other, read as they are asked for."""
+    return (text for path in paths for text in read_documents(path, dialogues=True))
 
 
 if __name__ == "__main__":

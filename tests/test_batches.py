@@ -1,10 +1,17 @@
 """Padding, masks from lengths, batches, and how examples are made to fit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from minirlhf import batches
 from minirlhf.batches import (encode_answer, encode_prompts, epoch_batches, fit, pack, pad_right,
-                              random_blocks, response_mask, shifted_mask, split_by_prompt)
+                              random_blocks, response_mask, shifted_mask, split_by_prompt,
+                              token_streams)
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.plumbing.errors import UserError
 
@@ -45,7 +52,7 @@ def test_pack_by_hand():
     assert pack([[1, 2], [3]], [9, 9]).tolist() == [1, 2, 9, 9, 3, 9, 9]
 
 
-def test_random_blocks_reach_every_start_and_never_run_over_the_end(generator):
+def test_check_32_random_blocks_reach_every_start_and_never_run_over_the_end(generator):
     stream = torch.arange(10)
     starts = random_blocks(stream, 50, 8, 6, generator)
     assert starts.shape == (50, 8) and set(starts.flatten().tolist()) == {0, 1, 2, 3, 4}
@@ -84,8 +91,10 @@ def test_rows_of_like_length_come_together(generator):
 
 # ---------------------------------------------------------------- fitting the context
 
-IDS = [100, 1, 2, 3, 4, 50, 51]  # a begin token, a prompt of four, an answer with its end token
-MASK = [False] * 5 + [True, True]
+LONG = "what does the big old cow say and why?"
+DIALOGUE = [{"role": role, "content": text} for role, text in (
+    ("system", "be brief"), ("user", "cow?"), ("assistant", "moo"), ("user", "cat?"),
+    ("assistant", "meow"), ("user", LONG))]
 
 
 class Text(str):
@@ -105,45 +114,71 @@ def test_a_split_holds_out_a_share_of_the_prompts_and_not_of_the_rows(generator)
     assert again == (train, held_out)
 
 
-def test_what_fits_is_left_alone():
+def size(tok, messages, answer="moo"):
+    return len(encode_answer(tok, messages, answer)[0])
+
+
+def test_what_fits_is_left_alone(tok):
     for too_long in ("refuse", "drop", "cut"):
-        assert fit(IDS, MASK, 7, too_long, "row 1") == (IDS, MASK)
+        assert fit(tok, DIALOGUE, ["moo"], size(tok, DIALOGUE), too_long, "row 1") == (
+            DIALOGUE, ["moo"], "")
 
 
-def test_check_33_cutting_takes_the_prompts_oldest_tokens_and_its_mask_alike():
-    """The bug: ids are cut on one side and the mask on the other, so that prompt tokens get loss;
-    or the answer's end is cut away, and with it the end token."""
-    ids, mask = fit(IDS, MASK, 5, "cut", "row 1")
-    assert ids == [100, 3, 4, 50, 51]  # the begin token stays
-    assert mask == [False, False, False, True, True]
-    assert IDS[1] == 1  # the argument is unchanged
+def test_check_33_a_cut_takes_the_oldest_turns_then_the_system_turn_then_the_last_questions_head(
+        tok):
+    """The bug: a cut by tokens, which beheads the standing instruction and leaves a rest of a turn
+    without its role; or the answer's end is cut away, and with it the end token."""
+    system, last = DIALOGUE[:1], DIALOGUE[5:]
+    steps = [(DIALOGUE, ""), (system + DIALOGUE[3:], "turns"), (system + last, "turns"),
+             (last, "the system turn")]
+    sizes = [size(tok, messages) for messages, _ in steps]
+    for max_len in range(sizes[-1], sizes[0] + 1):
+        expected = next(step for step, length in zip(steps, sizes) if length <= max_len)
+        assert fit(tok, DIALOGUE, ["moo"], max_len, "cut", "row 1") == (
+            expected[0], ["moo"], expected[1])
+    before = LONG
+    for max_len in range(sizes[-1] - 1, sizes[-1] - 12, -1):
+        [question], answers, lost = fit(tok, DIALOGUE, ["moo"], max_len, "cut", "row 1")
+        assert lost == "the beginning of the last question" and answers == ["moo"]
+        assert question["role"] == "user" and before.endswith(question["content"])
+        assert 0 <= max_len - size(tok, [question]) <= 2  # a space at the edge is left out, too
+        before = question["content"]
+    assert DIALOGUE[0]["content"] == "be brief"  # the argument is unchanged
 
 
-def test_check_33_an_answer_that_does_not_fit_is_left_out_rather_than_silently_zeroed():
+def test_check_33_an_answer_that_does_not_fit_is_left_out_rather_than_silently_zeroed(tok):
     """The bug: a sample without any trained token left, which adds 0 to the loss and is counted."""
-    assert fit(IDS, MASK, 4, "cut", "row 1") == ([100, 4, 50, 51], [False, False, True, True])
-    for max_len in (3, 2, 1):
-        assert fit(IDS, MASK, max_len, "cut", "row 1") is None
-    assert fit(IDS, MASK, 6, "drop", "row 1") is None
+    question, answer = [{"role": "user", "content": "cow?"}], "the cow says moo"
+    least = len(tok.encode(answer)) + 1 + 4  # with nothing of the question
+    [cut], answers, _ = fit(tok, question, [answer], least + 1, "cut", "row 1")
+    assert cut["content"] == "?" and answers == [answer]
+    assert fit(tok, question, [answer], least, "cut", "row 1") == (question, [None], "")
+    assert fit(tok, question, [answer], size(tok, question, answer) - 1, "drop", "row 1") == (
+        question, [None], "")
+    emoji = [{"role": "user", "content": "\N{GRINNING FACE}"}]  # of four tokens
+    assert fit(tok, emoji, [answer], least + 3, "cut", "row 1")[1] == [None]
 
 
-def test_too_long_an_example_is_refused_with_its_place_and_the_remedies():
-    with pytest.raises(UserError, match=r"row 8 has 7 tokens, 6 fit.*--too_long drop.*cut"):
-        fit(IDS, MASK, 6, "refuse", "row 8")
+def test_too_long_an_example_is_refused_with_its_place_and_the_remedies(tok):
+    length = size(tok, DIALOGUE, "the cat says meow")
+    with pytest.raises(UserError, match=rf"row 8 has {length} tokens, {length - 1} fit.*"
+                                        "--too_long drop.*cut"):
+        fit(tok, DIALOGUE, ["the cat says meow"], length - 1, "refuse", "row 8")
+    with pytest.raises(UserError, match=f"row 8, answer 2 has {length} tokens"):
+        fit(tok, DIALOGUE, ["moo", "the cat says meow"], length - 1, "refuse", "row 8")
 
 
 def test_check_13_the_prompt_is_masked_in_chosen_and_rejected_also_after_a_cut(tok):
     """The bug: the prompt counts in one of the two, or again after truncation."""
-    messages = [{"role": "user", "content": "what does the big old cow say?"}]
-    for answer in ("moo", "the cat says meow"):
-        ids, mask = encode_answer(tok, messages, answer)
-        for length in (len(ids), len(ids) - 4):
-            kept_ids, kept_mask = fit(ids, mask, length, "cut", "row 1")
-            trained = [i for i, m in zip(kept_ids, kept_mask) if m]
-            assert tok.decode(trained[:-1]).strip() == answer
-            assert trained[-1] == tok.encode_chat(
-                messages + [{"role": "assistant", "content": answer}])[0][-1]
-            assert kept_mask == sorted(kept_mask)  # False for the prompt, then True to the end
+    texts = ["moo", "the cat says meow"]
+    whole = size(tok, DIALOGUE, texts[1])
+    for length in (whole, whole - 4, whole - 30):
+        messages, answers, _ = fit(tok, DIALOGUE, texts, length, "cut", "row 1")
+        for text, answer in zip(texts, answers):
+            ids, mask = encode_answer(tok, messages, answer)
+            assert answer == text and len(ids) <= length
+            assert [i for i, m in zip(ids, mask) if m] == [*tok.encode(text), tok.end_id]
+            assert mask == sorted(mask)  # False for the prompt, then True to the end
 
 
 def test_check_14_earlier_assistant_turns_belong_to_a_preferences_prompt(tok):
@@ -163,26 +198,78 @@ def test_a_prompt_that_fills_the_context_is_refused_with_its_number(tok):
         encode_prompts(tok, rows, length, "prompts.jsonl")
 
 
-def test_check_33_compared_answers_lose_the_same_tokens_of_their_prompt():
-    """Bug: each answer of a pair was cut by its own excess, so the two answered different prompts."""
-    prompt = [100, 1, 2, 3, 4]
-    answers = [([*prompt, 50, 51], [False] * 5 + [True] * 2), ([*prompt, 60], [False] * 5 + [True])]
-    over = max(len(ids) for ids, _ in answers) - 5
-    chosen, rejected = (fit(ids, mask, 5, "cut", "row 1", over) for ids, mask in answers)
-    assert chosen == ([100, 3, 4, 50, 51], [False] * 3 + [True] * 2)
-    assert rejected == ([100, 3, 4, 60], [False] * 3 + [True])
+def test_check_33_compared_answers_keep_the_same_prompt(tok):
+    """Bug: each answer of a pair was cut by its own excess, so the two answered different prompts;
+    or one giant answer took the prompt away from all."""
+    last = DIALOGUE[5:]
+    answers = ["moo", "the cat says meow and the cow says moo"]
+    max_len = size(tok, last, answers[1])  # the short one would leave room for more
+    assert size(tok, DIALOGUE[:1] + last, answers[0]) <= max_len
+    assert fit(tok, DIALOGUE, answers, max_len, "cut", "row 1") == (
+        last, answers, "the system turn")
+    assert fit(tok, DIALOGUE, ["moo " * 99, "moo"], size(tok, DIALOGUE), "cut", "row 1") == (
+        DIALOGUE, [None, "moo"], "")
     # Dropping goes by each answer's own length: the short one still fits.
-    assert fit(*answers[0], 6, "drop", "row 1", 1) is None
-    assert fit(*answers[1], 6, "drop", "row 1", 1) == answers[1]
+    assert fit(tok, DIALOGUE, answers, size(tok, DIALOGUE), "drop", "row 1") == (
+        DIALOGUE, ["moo", None], "")
 
 
-def test_check_33_a_dialogue_is_cut_down_to_its_last_turns():
-    """Bug: a long dialogue was dropped because its first answer would have been cut."""
-    ids = [100, 1, 2, 50, 51, 52, 3, 60, 61]  # two turns; 50-52 and 60-61 are answers
-    mask = [False] * 3 + [True] * 3 + [False] + [True] * 2
-    # The cut goes through the first answer: what is left of it is prompt, no longer trained.
-    assert fit(ids, mask, 6, "cut", "row 1") == ([100, 51, 52, 3, 60, 61],
-                                                [False] * 4 + [True] * 2)
-    # The cut falls between the turns: nothing of the first answer is left.
-    assert fit(ids, mask, 4, "cut", "row 1") == ([100, 3, 60, 61], [False] * 2 + [True] * 2)
-    assert fit(ids, mask, 3, "cut", "row 1") is None  # nothing of the last prompt would be left
+# ---------------------------------------------------------------- streams
+
+def documents(count):
+    return [f"the cow number {i} says {'moo ' * (i % 7)}" for i in range(count)]
+
+
+def test_check_32_streams_hold_every_document_once_in_the_texts_order(tok, generator, monkeypatch):
+    """Bugs: a held-out share that is trained on, too; a chunk that is lost at the text's end."""
+    monkeypatch.setattr(batches, "CHUNK", 300)  # a chunk has about a dozen of them
+    texts = documents(500)
+    streams = token_streams(tok, iter(texts), 0.1, generator)
+    assert all(stream.dtype == torch.int32 for stream in streams)
+    train, held_out = (tok.decode(stream).split("\n\n")[:-1] for stream in streams)
+    assert sorted(train + held_out) == sorted(texts) and len(set(texts)) == 500
+    for side in (train, held_out):
+        assert side == sorted(side, key=texts.index)
+    assert 0.09 < len(streams[1]) / sum(map(len, streams)) < 0.11
+    again = token_streams(tok, iter(texts), 0.1, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, streams, again))
+
+
+def test_held_out_documents_come_from_the_whole_text_by_the_seed(tok, generator):
+    """Bug: the text's last 2% were held out, whatever they are: only one kind of its documents."""
+    texts = documents(2000)
+    seen = [tok.decode(token_streams(tok, texts, 0.02, generator)[1]).split("\n\n")[:-1]
+            for _ in range(2)]
+    assert seen[0] != seen[1]
+    for side in seen:
+        places = sorted(map(texts.index, side))
+        assert 30 <= len(places) <= 60 and places[0] < 200 and places[-1] > 1800
+        assert sum(place < 1000 for place in places) > 8
+
+
+def test_a_text_of_few_documents_holds_out_none_of_them(tok, generator):
+    train, held_out = token_streams(tok, ["the cow says moo"] * 3, 0.02, generator)
+    assert len(held_out) == 0 and len(train) == 3 * len(tok.encode("the cow says moo\n\n"))
+    assert [len(side) for side in token_streams(tok, [], 0.02, generator)] == [0, 0]
+
+
+def test_a_large_text_becomes_tokens_in_little_memory(tok, tmp_path):
+    """Bug: 87 MB of text took 3.2 GB: the text, its documents and its ids, all at one time."""
+    path, program = tmp_path / "text.txt", tmp_path / "measure.py"
+    path.write_text(("the cow says moo and the cat says meow\n" * 20 + "\n") * 12_000)  # 9.4 MB
+    tok.save(tmp_path / "tokenizer.json")
+    program.write_text(f"""
+import resource, torch
+from minirlhf.batches import token_streams
+from minirlhf.plumbing.formats import read_documents
+from minirlhf.tokenizer import Tokenizer
+tok = Tokenizer.load({str(tmp_path / "tokenizer.json")!r})
+tok.encode_batch(["moo"] * 9)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+token_streams(tok, read_documents({str(path)!r}), 0.02, torch.Generator())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+""")
+    done = subprocess.run([sys.executable, program], cwd=Path(__file__).parents[1], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 80, f"{done.stdout} MB for a text of 9.4 MB"

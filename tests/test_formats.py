@@ -75,8 +75,8 @@ def test_ranked_list_keeps_ties_and_grades():
 
 
 @pytest.mark.parametrize("grade, number", [("significantly", 3), ("better", 2), ("slightly", 1),
-                                           ("negligible", 0), (3, 3), (0, 0)])
-def test_rating_of_a_pair(grade, number):
+                                           ("negligible", 0)])
+def test_check_29_the_rating_of_a_pair(grade, number):
     row = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": grade}
     assert formats.parse_preference(row)["grades"] == [[0, number], [0, 0]]
 
@@ -119,11 +119,10 @@ def test_canonical_prompts_and_demonstrations_read_back_as_they_are(tmp_path):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text.strip()))
-def test_any_text_round_trips_unchanged(tmp_path_factory, text):
+def test_any_text_round_trips_but_for_white_space_at_its_edges(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    message = {"role": "user", "content": text}
-    write_jsonl(path, [{"messages": [message]}])
-    assert formats.read_prompts(path)[0]["messages"] == [message]
+    write_jsonl(path, [{"messages": [{"role": "user", "content": text}]}])
+    assert formats.read_prompts(path)[0]["messages"] == [{"role": "user", "content": text.strip()}]
 
 
 def test_text_files(tmp_path):
@@ -132,11 +131,184 @@ def test_text_files(tmp_path):
     stories = tmp_path / "b.txt.gz"
     stories.write_bytes(gzip.compress(b"one\n\n  more\n<|endoftext|>\n\n<|endoftext|>two\n"))
     assert formats.read_text(stories) == "one\n  more\n\ntwo\n"
-    assert formats.read_text(write(tmp_path, "one  ", "", "two", name="c.txt")) == "one  \n\ntwo\n"
+    assert formats.read_text(write(tmp_path, "one  ", "", "", "two", name="c.txt")) == (
+        "one  \n\ntwo\n")
     blank = write(tmp_path, {"text": "one\n \t\nmore"})  # a line of spaces looks like a blank one
     assert formats.read_text(blank) == "one\nmore\n"
     assert formats.read_text(write(tmp_path, {"text": "one\n\nmore"}, {"text": "two"})) == (
         "one\nmore\n\ntwo\n")
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+@pytest.mark.parametrize("mark", ["", "<|endoftext|>"])
+def test_a_text_is_the_same_with_the_line_ends_of_any_system(tmp_path, end, mark):
+    """Bug: the tokenizer was trained on "\\r\\n", which pretraining took out."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"one{end}more{end}{mark}{end}two{end}".encode())
+    assert list(formats.read_documents(path)) == ["one\nmore", "two"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Bug: the first document, or the first row, began with a character that nobody sees."""
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("one".encode("utf-8-sig")))
+    (tmp_path / "c.jsonl").write_text('{"text": "one", "prompt": ""}', encoding="utf-8-sig")
+    for name in ("a.txt", "b.txt.gz", "c.jsonl"):
+        assert list(formats.read_documents(tmp_path / name)) == ["one"]
+
+
+def test_a_text_without_blank_lines_is_cut_at_the_ends_of_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST", 10)
+    path = write(tmp_path, *["four", "five", "three"] * 2, "", "end", name="a.txt")
+    assert list(formats.read_documents(path)) == [
+        "four\nfive\nthree", "four\nfive\nthree", "end"]
+
+
+def test_the_tokenizer_reads_what_dialogues_say_and_nothing_else(tmp_path):
+    """Bug: ids, dates and URLs of a row were trained on as if somebody had said them."""
+    path = write(tmp_path, {"messages": [SYSTEM, USER, ASSISTANT], "id": "7f3a", "url": "http://x"},
+                 {"instruction": "a", "input": "b", "output": "c", "date": "2024"},
+                 {"prompt": "d", "chosen": "e", "rejected": "f", "source": "web"},
+                 {"prompt": "g", "output": ["h", "i"]}, {"query": "j", "id": "8"}, {"text": "k"})
+    assert list(formats.read_documents(path, dialogues=True)) == [
+        "Answer in capitals.", "Name a colour.", "Green.", "a\nb", "c", "d", "e", "f", "g", "h",
+        "i", "j", "k"]
+    check_refused(lambda path: list(formats.read_documents(path)), path, "line 1", '"text"')
+
+
+# ---------------------------------------------------------------- what a row says of itself
+
+ROW = {"instruction": "Hi.", "output": "a"}
+PAIR = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize("parse, row", [
+    (formats.parse_demonstration, ROW), (formats.parse_demonstration, {**ROW, "history": []}),
+    (formats.parse_demonstration, {"messages": [USER, ASSISTANT]}),
+    (formats.parse_preference, PAIR), (formats.parse_prompt, {"query": "Hi."}),
+    (formats.parse_preference, {"chosen": [USER, ASSISTANT], "rejected": [USER, DOG]}),
+    (formats.parse_preference, {**PAIR, "prompt": [USER], "chosen": [SYSTEM, USER, ASSISTANT]})])
+def test_check_14_a_system_key_is_the_standing_instruction(key, parse, row):
+    """Bug: it went to meta, and nobody was trained to obey it."""
+    parsed = parse({**row, key: " Answer in capitals. "})
+    assert parsed["messages"][0] == SYSTEM and parsed["messages"][1]["role"] == "user"
+    assert key not in parsed["meta"]
+    if "messages" not in row and "chosen" not in row:
+        assert parse({**row, key: ""}) == parse({**row, key: None}) == parse(row)
+
+
+def test_an_equal_system_message_is_not_doubled_and_another_one_refused():
+    row = {"messages": [SYSTEM, USER, ASSISTANT], "system": SYSTEM["content"]}
+    assert formats.parse_demonstration(row)["messages"] == row["messages"]
+    with pytest.raises(UserError, match="the same under system, found two that differ"):
+        formats.parse_demonstration({**row, "system": "Shout."})
+    with pytest.raises(UserError, match="the same under system_prompt"):
+        formats.parse_demonstration({**ROW, "system": "Shout.", "system_prompt": "Whisper."})
+
+
+@pytest.mark.parametrize("parse, row, named", [
+    (formats.parse_demonstration, {"messages": [USER, ASSISTANT], **ROW}, "instruction, output"),
+    (formats.parse_demonstration, {"messages": [USER, ASSISTANT], "output": "a"}, "output beside"),
+    (formats.parse_demonstration, {"messages": [USER, ASSISTANT], "prompt": "a"}, "prompt beside"),
+    (formats.parse_demonstration, {**ROW, "chosen": "a", "rejected": "b"}, "chosen, rejected"),
+    (formats.parse_demonstration, {**ROW, "text": "Hi. a"}, "text beside instruction, output"),
+    (formats.parse_preference, {**PAIR, "output": ["a", "b"]}, "output beside prompt, chosen"),
+    (formats.parse_preference, {"prompt": "Hi.", "output": ["a", "b"], "chosen": "a"}, "chosen"),
+    (formats.parse_preference, {**PAIR, "history": [["a", "b"]]}, "history"),
+    (formats.parse_prompt, {"prompt": "Hi.", "query": "Hi."}, "exactly one of the keys")])
+def test_a_row_of_two_shapes_is_refused_by_the_names_of_its_keys(parse, row, named):
+    """Bug: one of the two was read, the other dropped without a word."""
+    with pytest.raises(UserError, match=named):
+        parse(row)
+
+
+def test_a_question_that_stands_there_twice_says_nothing_new():
+    row = {"messages": [USER, ASSISTANT], "prompt": USER["content"], "prompt_id": "7"}
+    assert formats.parse_demonstration(row)["meta"] == {"prompt_id": "7"}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0},
+                                  {"train": 0, "weight": 0}])
+def test_check_14_a_turn_that_is_not_to_be_trained_keeps_its_mark_in_a_demonstration_only(mark):
+    turns = [USER, {**ASSISTANT, **mark}, {**USER, "weight": 0},
+             {**DOG, "weight": 1, "train": True}]
+    read = formats.parse_demonstration({"messages": turns})["messages"]
+    assert read == [USER, {**ASSISTANT, "train": False}, USER, DOG]
+    assert formats.parse_demonstration({"messages": read})["messages"] == read
+    assert formats.parse_prompt({"prompt": turns[:3]})["messages"] == [USER, ASSISTANT, USER]
+    pair = {"chosen": turns, "rejected": [USER, ASSISTANT, USER, ASSISTANT]}
+    assert formats.parse_preference(pair)["messages"] == [USER, ASSISTANT, USER]
+    with pytest.raises(UserError, match="a turn that is to be trained, found none"):
+        formats.parse_demonstration({"messages": turns[:2]})
+    with pytest.raises(UserError, match="marked as not to be trained"):
+        formats.parse_preference({**PAIR, "chosen": turns[1]})
+
+
+@pytest.mark.parametrize("names", formats.SCORES)
+def test_check_28_equal_scores_are_a_tie_and_contradicting_ones_refused(names):
+    """Bug: a pair whose answers were scored alike counted as a preference for the first."""
+    def ranks(*scores, **more):
+        return formats.parse_preference({**PAIR, **dict(zip(names, scores)), **more})["ranks"]
+
+    assert ranks(4, 4.0) == ranks(4, 4, ranks=[0, 0]) == [0, 0]
+    assert ranks(5, 4) == ranks(None, None) == ranks() == [0, 1]
+    for scores, more in [((3, 4), {}), ((4,), {}), ((4, None), {}), (("4", "3"), {}),
+                         ((True, False), {}), ((4, 4), {"ranks": [0, 1]}),
+                         ((5, 4), {"ranks": [0, 0]})]:
+        with pytest.raises(UserError, match=names[0]):
+            ranks(*scores, **more)
+
+
+def test_a_label_of_false_is_refused_in_demonstrations():
+    assert formats.parse_demonstration({**ROW, "label": True})["meta"] == {"label": True}
+    for label, said in ((False, "false"), (0, "0"), ("False", '"False"')):
+        with pytest.raises(UserError, match=f'worth imitating, found "label": {said}; remove'):
+            formats.parse_demonstration({**ROW, "label": label})
+
+
+def test_prompts_stand_where_those_of_preferences_do():
+    for row in ({"prompt": "Name a colour."}, {"messages": [USER]}, {"query": "Name a colour."},
+                {"instruction": "Name a colour.", "input": "", "output": "Green."}):
+        assert formats.parse_prompt(row)["messages"] == [USER]
+    row = {"instruction": "Now?", "input": "b", "history": [["first?", "a"]], "system": "Short."}
+    assert [m["content"] for m in formats.parse_prompt(row)["messages"]] == [
+        "Short.", "first?", "a", "Now?\nb"]
+
+
+def test_white_space_at_the_edges_goes_in_every_shape():
+    """Bug: of two answers that differ in a space at the edge, one was preferred."""
+    pair = {"prompt": " Name a colour.\n", "chosen": " Green.", "rejected": "Dog.\n"}
+    assert formats.parse_preference(pair) == formats.parse_preference(
+        {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Dog."})
+    row = {"instruction": " a ", "input": " b ", "output": " c ", "history": [[" d ", " e "]]}
+    assert [m["content"] for m in formats.parse_demonstration(row)["messages"]] == [
+        "d", "e", "a\nb", "c"]
+    assert formats.parse_prompt({"prompt": "a", "answer": " b "})["answer"] == "b"
+
+
+@pytest.mark.parametrize("text", [
+    "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Hello\r\n\r\nHuman: So?\r\n\r\nAssistant:",
+    "Human: Hi\n\nAssistant: Hello\n\nHuman: So?\n\nAssistant:",
+    "\nHuman: Hi\n\nAssistant: Hello\n\nHuman: So?",
+    " Human: Hi\n\nAssistant: Hello\n\nHuman: So?"])
+def test_a_transcript_is_known_without_its_first_blank_lines_and_with_other_line_ends(text):
+    """Bug: it became one turn of the user's, in which "Human:" and "Assistant:" were said."""
+    messages = formats.parse_prompt({"prompt": text})["messages"]
+    assert [m["content"] for m in messages] == ["Hi", "Hello", "So?"]
+    assert formats.parse_prompt({"prompt": "Human: Hi"})["messages"][0]["content"] == "Hi"
+    # Some real answers begin so; what follows no question is no transcript.
+    assert formats.split_answer("Human: no") == (None, "Human: no")
+
+
+def test_text_parts_of_a_content_are_joined_and_others_refused():
+    parts = [{"type": "text", "text": "Name"}, {"type": "text", "text": "a colour."}]
+    message = {"role": "user", "content": parts}
+    assert formats.parse_prompt({"messages": [message]})["messages"][0]["content"] == (
+        "Name\na colour.")
+    for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}):
+        with pytest.raises(UserError, match="in text parts only"):
+            formats.parse_prompt({"messages": [{"role": "user", "content": [*parts, part]}]})
 
 
 # ---------------------------------------------------------------- refused rows
@@ -178,7 +350,7 @@ GOOD = {"demonstrations": {"messages": [USER, ASSISTANT]}, "prompts": {"prompt":
     ("demonstrations", {"messages": "one\ntwo"}, "found one two"),
     ("demonstrations", {"messages": [USER, ASSISTANT], "meta": 3}, "meta"),
     ("prompts", {"question": "Hi."}, "the keys question"),
-    ("prompts", {"query": "Hi."}, "the keys query"),
+    ("prompts", {"prompt": "Hi.", "input": "you"}, "beside instruction only"),
     ("prompts", {"prompt": "Hi.", "messages": [USER]}, "exactly one"),
     ("prompts", {"prompt": ""}, "have text"),
     ("prompts", {"prompt": None}, "found null"),
@@ -198,7 +370,7 @@ GOOD = {"demonstrations": {"messages": [USER, ASSISTANT]}, "prompts": {"prompt":
     ("preferences", {"chosen": hh("q"), "rejected": hh("q", "b")}, "assistant"),
     ("preferences", {"chosen": hh("q", ""), "rejected": hh("q", "b")}, "have text"),
     ("preferences", {"prompt": "Hi.", "chosen": USER, "rejected": "b"}, "found user"),
-    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": 4}, "found 4"),
+    ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": 1}, "scale"),
     ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": True}, "true"),
     ("preferences", {"prompt": "Hi.", "output": ["a", "b", "c"], "rating": 3}, "pair"),
     ("preferences", {"prompt": "Hi.", "chosen": "a", "rejected": "b", "rating": 3, "grades": []},
@@ -313,7 +485,7 @@ def test_written_samples_are_read_again_whatever_the_rows_meta_holds(tmp_path):
     assert again["meta"] == {"prompt": "x", "note": "\ud83d", "kind": "farm"}
 
 
-def test_a_history_is_read_from_its_oldest_turn_to_its_newest():
+def test_check_38_a_history_is_read_from_its_oldest_turn_to_its_newest():
     row = {"instruction": "And now?", "output": "d",
            "history": [["first?", "a"], ["second?", "b"], ["third?", "c"]]}
     messages = formats.parse_demonstration(row)["messages"]

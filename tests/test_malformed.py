@@ -26,6 +26,7 @@ def run_command(words):
     if words[0].startswith("data/"):  # a script that is no module
         spec = importlib.util.spec_from_file_location(name.replace(".", "_"), path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # where the comments of its Config are looked up
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(name)

@@ -136,6 +136,16 @@ def test_one_file_of_pairs(tmp_path, capsys):
         prepare(tmp_path / "out", tmp_path / "plain.jsonl.gz")
 
 
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_check_33_a_pairs_length_is_that_of_its_longer_answer(longer):
+    """Bug: the limit asked one of the two answers, and the other could have any length."""
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello.", "rejected": "No."}
+    row[longer] = "a" * 20
+    for max_chars, kept in ((21, 0), (22, 1)):  # "Hi" and 20
+        pairs, dropped = hh_rlhf.clean_pairs([(row, "helpful-base", "train")], -1, max_chars)
+        assert len(pairs) == kept and dropped.total() == 1 - kept
+
+
 def test_user_errors_end_with_exit_code_2(tmp_path):
     for name, options in [("hh_rlhf", ["--source", str(tmp_path / "nowhere")]),
                           ("hh_rlhf", ["--source", str(tmp_path), "--fold", "7"]),

@@ -1015,50 +1015,37 @@ def test_every_prompt_is_on_one_side_with_all_its_rows(prompts, share, seed):
     assert len(sides[1]) == max(1, int(share * len(set(prompts))))
 
 
-@st.composite
-def encoded_chats(draw):
-    """ids that tell their place, and the mask, of a chat that ends with an answer."""
-    mask = [False]  # the begin token
-    for _ in range(draw(st.integers(1, 4))):
-        mask += [False] * draw(st.integers(2, 5))  # a user's turn
-        mask += [False] + [True] * draw(st.integers(1, 4))  # the role, the answer and its end token
-    return list(range(100, 100 + len(mask))), mask
-
-
-def answers_in(ids, mask):
-    """Every trained run of ids, with the id before it: the role token that asked for it."""
-    runs = []
-    for i, trained in enumerate(mask):
-        if trained and not mask[i - 1]:
-            runs.append([ids[i - 1]])
-        if trained:
-            runs[-1].append(ids[i])
-    return runs
-
-
-@settings(PROFILE, max_examples=200)
-@given(chat=encoded_chats(), max_len=st.integers(2, 30),
-       more=st.one_of(st.none(), st.integers(0, 6)),
+@settings(PROFILE, max_examples=150)
+@given(contents=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1,
+                         max_size=7),
+       answers=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3),
+       system=st.booleans(), max_len=st.integers(6, 80),
        too_long=st.sampled_from(["refuse", "drop", "cut"]))
-def test_check_33_what_fits_keeps_its_last_answer_whole_and_trains_on_whole_answers_only(
-        chat, max_len, more, too_long):
-    ids, mask = chat
-    # `more`: the longest of the answers it is compared with is that much longer.
-    over = None if more is None else len(ids) + more - max_len
-    longest = len(ids) + (more or 0)
+def test_check_33_what_fits_keeps_its_answers_whole_and_whole_turns_of_its_prompt(
+        contents, answers, system, max_len, too_long):
+    contents = contents[: len(contents) - 1 + len(contents) % 2]  # ends with a user's turn
+    messages = chat(*contents, system="Be short." if system else None)
+    sizes = [len(encode_answer(TOKENIZER, messages, answer)[0]) for answer in answers]
     try:
-        fitted = fit(list(ids), list(mask), max_len, too_long, "row 1", over)
+        kept, texts, lost = fit(TOKENIZER, messages, answers, max_len, too_long, "row 1")
     except UserError:
-        assert too_long == "refuse" and len(ids) > max_len, "refused, although it fits"
+        assert too_long == "refuse" and max(sizes) > max_len, "refused, although it fits"
         return
-    if longest <= max_len:
-        assert fitted == (ids, mask)
-    elif too_long != "cut":
-        assert fitted == ((ids, mask) if len(ids) <= max_len else None)
-    elif fitted is None:  # the cut would reach the last answer, or leave nothing of its prompt
-        assert len(ids) - len(answers_in(ids, mask)[-1][1:]) - 1 <= longest - max_len
+    if max(sizes) <= max_len:
+        assert (kept, texts, lost) == (messages, answers, "")
+    elif too_long == "drop":
+        assert (kept, lost) == (messages, "")
+        assert texts == [a if n <= max_len else None for a, n in zip(answers, sizes)]
+    assert all(text in (None, answer) for text, answer in zip(texts, answers))
+    fitting = [text for text in texts if text is not None]
+    for text in fitting:
+        assert len(encode_answer(TOKENIZER, kept, text)[0]) <= max_len
+    turns = kept[kept[0]["role"] == "system":]
+    question = messages[-1]["content"]
+    if lost == "the beginning of the last question":
+        assert len(kept) == 1 and question.strip().endswith(kept[0]["content"])
+        assert all(len(encode_answer(TOKENIZER, messages[-1:], text)[0]) > max_len
+                   for text in [max(fitting, key=lambda t: len(TOKENIZER.encode(t)))])
     else:
-        cut_ids, cut_mask = fitted
-        assert cut_ids == ids[:1] + ids[1 + longest - max_len :] and len(cut_mask) == len(cut_ids)
-        answers, whole = answers_in(cut_ids, cut_mask), answers_in(ids, mask)
-        assert answers == whole[len(whole) - len(answers) :] and answers
+        assert turns == messages[len(messages) - len(turns):] and len(turns) % 2 == 1
+        assert len(kept) - len(turns) == (system and lost != "the system turn")

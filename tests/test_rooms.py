@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = "batches generate losses masked model rl tokenizer"
 MAY_IMPORT = {  # room -> the rooms that its files may import
-    "lesson": {"lesson", "plumbing.errors", "plumbing.files"},
+    "lesson": {"lesson", "plumbing.errors", "plumbing.files", "plumbing.formats"},
     "plumbing": {"lesson", "plumbing"}, "look": {"lesson", "plumbing", "look"},
     "script": {"lesson", "plumbing", "look"},
 }

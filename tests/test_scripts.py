@@ -399,14 +399,21 @@ def test_check_13_the_prompt_stays_masked_in_both_answers_however_much_of_it_is_
     whole = tok.encode_prompt(row["messages"])
     cfg = road.config("dpo", tmp_path, too_long="cut")
     longest = len(whole) + max(len(tok.encode(answer)) for answer in answers) + 1
-    for max_len in range(longest - len(whole) + 2, longest + 1):
+    for max_len in range(longest - len(whole) + 5, longest + 1):
         [pair] = train_dpo.encode([row], tok, max_len, cfg)
-        prompt = whole[:1] + whole[1 + longest - max_len :]  # the same tokens leave both
+        prompt = tok.encode_prompt(chat(end_of(long, tok, max_len - longest + len(whole))))
         for name, answer in zip(("chosen", "rejected"), answers):
             trained = tok.encode(answer) + [tok.end_id]
             assert pair[name] == (prompt + trained, [False] * len(prompt) + [True] * len(trained))
         [example] = train_rm.encode([row], tok, max_len, cfg)
         assert example["ids"] == [pair["chosen"][0], pair["rejected"][0]]
+
+
+def end_of(question, tokenizer, room):
+    """The longest end of a question, in its tokens, that makes a prompt of at most `room`."""
+    ids = tokenizer.encode(question)
+    ends = [tokenizer.decode(ids[-n:]).strip() for n in range(len(ids), 0, -1)]
+    return next(end for end in ends if len(tokenizer.encode_prompt(chat(end))) <= room)
 
 
 @pytest.mark.parametrize("max_len", [64, 35, 30])
@@ -685,18 +692,19 @@ def test_check_33_compared_answers_keep_the_same_end_of_their_prompt(stage, road
     rows = SCRIPTS[stage].read_preferences(data)
     examples = SCRIPTS[stage].encode(rows, run.tokenizer, 64, run.cfg)
     for row, example in zip(rows, examples):
-        answers, start = answers_of(row, run.tokenizer)
-        over = max(map(len, answers)) - 64
-        expected = [ids[:1] + ids[1 + over :] for ids in answers]
+        answers, whole = answers_of(row, run.tokenizer)
+        end = end_of(LONG, run.tokenizer, 64 - max(map(len, answers)) + whole)
+        expected, start = answers_of({**row, "messages": chat(end)}, run.tokenizer)
+        assert len(end) < len(LONG) and max(map(len, expected)) > 60
         if stage == "rm":
-            assert example["ids"] == expected and example["prompt_len"] == start - over
+            assert example["ids"] == expected and example["prompt_len"] == start
         else:
             assert [example["chosen"][0], example["rejected"][0]] == expected
             for side, ids in zip(("chosen", "rejected"), expected):
-                assert example[side][1] == [k >= start - over for k in range(len(ids))]
+                assert example[side][1] == [k >= start for k in range(len(ids))]
             batch = train_dpo.make_batch([example], "cpu")
             for k in range(2):
-                assert batch["tokens"][k, 1:][batch["mask"][k]].tolist() == expected[k][start - over :]
+                assert batch["tokens"][k, 1:][batch["mask"][k]].tolist() == expected[k][start:]
 
 
 GIANT = "moo, " * 40  # an answer that no cut of its prompt makes fit
@@ -727,7 +735,7 @@ def test_check_33_no_sample_is_kept_that_has_nothing_left_to_train_on(stage, too
         assert ids[0] == run.tokenizer.begin_id and ids[-1] == run.tokenizer.end_id
         assert len(ids) <= 64 and any(mask)
     left = {"sft": 3 - len(examples), "dpo": 3 - len(examples)}.get(
-        stage, 2 if too_long == "cut" else 3)
+        stage, 1 if too_long == "cut" else 3)
     assert {"sft": f"{left} left out (longer than 64", "dpo": f"{left} longer than 64",
             "rm": f"{left} longer than 64"}[stage] in printed
     run.cfg.too_long = "refuse"
@@ -923,9 +931,9 @@ def test_check_38_each_step_has_its_own_learning_rate(stage, road, tmp_path, mon
 
 @pytest.mark.parametrize("stage, says", [
     ("sft", "| 40 dialogues of {}, 2 left out (longer than 64 tokens)\n"),
-    ("rm", "| 40 prompts of {}, 3 left out; answers left out: 1 identical, 2 longer than 64 "
-           "tokens\n"),
-    ("dpo", "| 40 pairs of {}; left out: 1 identical, 2 longer than 64 tokens\n")])
+    ("rm", "| 40 prompts of {}, 5 left out, 2 of them ties; answers left out: 1 identical, 2 "
+           "longer than 64 tokens\n"),
+    ("dpo", "| 40 pairs of {}; left out: 2 ties, 1 identical, 2 longer than 64 tokens\n")])
 def test_what_is_left_out_is_counted(stage, says, road, tmp_path, capsys):
     """Bug: counts that run backwards, of which "-2 left out" was taken for "2 left out"."""
     source = road.demonstrations if stage == "sft" else road.preferences
@@ -935,6 +943,8 @@ def test_what_is_left_out_is_counted(stage, says, road, tmp_path, capsys):
     else:
         rows += [{"prompt": f"{i}?", "chosen": long, "rejected": "moo"} for i in range(2)]
         rows += [{"prompt": "2?", "chosen": "moo", "rejected": "moo"}]
+        rows += [{"prompt": f"{i}?", "chosen": "moo", "rejected": "baa", "score_chosen": 4,
+                  "score_rejected": 4} for i in range(2)]
     data = write_rows(tmp_path / "data.jsonl", rows)
     road.run(stage, tmp_path / "run", data=data, too_long="drop")
     assert says.format(data) in capsys.readouterr().out

@@ -17,6 +17,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from minirlhf.tokenizer import (SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, main, merge_pair,
                                 train_bpe)
+from minirlhf.plumbing.formats import read_documents
 
 TEXT = """The old lighthouse keeper counted 128 waves, then 4096 more. "They're all different,"
 he said, "and I'll never tire of them!"  The gulls didn't agree; they'd seen the waves before.
@@ -100,6 +101,8 @@ def test_a_lone_surrogate_in_the_training_text_does_no_harm():
     ("a  b\n\nc\td ", ["a", " ", " b", "\n", "\n", "c", "\t", "d", " "]),
     ("x = 12 + 7", ["x", " =", " 12", " +", " 7"]),
     ("海浪。 Größe", ["海浪", "。", " Größe"]),
+    ("हिन्दी में e\u0301a!", ["हिन्दी", " में", " e\u0301a", "!"]),  # a vowel sign is no letter
+    ("❤️ 1️⃣", ["❤️", " 1", "️⃣"]),
 ])
 def test_split_pattern(text, pieces):
     assert regex.findall(SPLIT_PATTERN, text) == pieces
@@ -200,6 +203,14 @@ def test_mask_covers_every_assistant_turn_with_its_end_and_nothing_else(tok):
         "<|assistant|><|user|>And a cat?<|end|><|assistant|>")
 
 
+def test_check_14_a_turn_that_is_marked_is_read_and_not_trained(tok):
+    """Bug: "train": False was read over, and what nobody should imitate was imitated."""
+    marked = [*CHAT[:2], {**CHAT[2], "train": False}, CHAT[3], {**CHAT[4], "train": True}]
+    ids, mask = tok.encode_chat(marked)
+    assert ids == tok.encode_chat(CHAT)[0]
+    assert tok.decode([idx for idx, m in zip(ids, mask) if m]) == " MEOW. \n<|end|>"
+
+
 def test_one_begin_and_no_double_end(tok):
     ids, _ = tok.encode_chat(CHAT)
     assert ids.count(tok.begin_id) == 1 and ids[0] == tok.begin_id
@@ -297,6 +308,15 @@ def test_save_and_load(tok, tmp_path):
     assert '" keeper"' in path.read_text(encoding="utf-8")  # a person can read it
 
 
+def test_a_stored_pattern_is_kept(tok, tmp_path):
+    """Bug: a tokenizer of before a change of SPLIT_PATTERN would read text in another way."""
+    old = Tokenizer(tok.ranks, pattern=SPLIT_PATTERN.replace(r"[\p{L}\p{M}]*", r"\p{L}*"))
+    old.save(tmp_path / "tokenizer.json")
+    assert_same(old, again := Tokenizer.load(tmp_path / "tokenizer.json"))
+    hindi = "\u0939\u093f\u0928"  # its second sign is a mark, no letter
+    assert regex.findall(again.pattern, hindi) != regex.findall(SPLIT_PATTERN, hindi) == [hindi]
+
+
 def test_an_interrupted_save_leaves_the_old_file(tok, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     tok.save(path)
@@ -330,7 +350,7 @@ def broken(tok, **changes):
 
 @pytest.mark.parametrize("content, message", [
     (lambda tok: "", "Expecting value"),
-    (lambda tok: json.dumps(tok.to_dict())[:500], "Unterminated|Expecting"),
+    (lambda tok: json.dumps(tok.to_dict())[:500], "Unterminated|Expecting|Invalid"),
     (lambda tok: "[1, 2]", "expected the keys"),
     (lambda tok: "{}", "expected the keys"),
     (lambda tok: broken(tok, ranks=None), "expected the keys"),
@@ -425,16 +445,17 @@ def test_named_with_an_unknown_name():
 # ---------------------------------------------------------------- the command line
 
 def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
-    (tmp_path / "a.txt").write_bytes((TEXT + "\r\n" * 50).encode())  # taken byte by byte
-    rows = json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(["zebra zebra", 3, None]) + "\n"
+    (tmp_path / "a.txt").write_bytes((TEXT.replace("\n", "\r\n") + "\r\n" * 50).encode())
+    rows = json.dumps({"messages": CHAT, "id": "zebra zebra"}) + "\n\n" + json.dumps(
+        {"prompt": "zebu zebu", "url": "http"}) + "\n"
     (tmp_path / "b.jsonl").write_text(rows)
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"quokka quokka quokka"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "walrus"}\n'))
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
     out = tmp_path / "out" / "tokenizer.json"
     main([*names, "--vocab_size", "420", "--out", str(out)])
-    texts = [TEXT + "\r\n" * 50, *[message["content"] for message in CHAT], "zebra zebra",
-             "quokka quokka quokka", "walrus"]  # the roles are left out
+    texts = [TEXT, *[message["content"].strip() for message in CHAT], "zebu zebu",
+             "quokka quokka quokka", "walrus"]  # the roles are left out, and what nobody says
     tok = Tokenizer.load(out)
     assert_same(tok, Tokenizer.train(texts, 420))
     report = capsys.readouterr().out
@@ -444,9 +465,9 @@ def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "no such file"),
-    ("empty.txt", b" \n", "there is no text"),
-    ("rows.jsonl", b'{"a": "b"}\n{"a": \n', "line 2: not JSON"),
-    ("numbers.jsonl", b"[1, 2]\n", "there is no text"),
+    ("empty.txt", b" \n", "white space only"),
+    ("rows.jsonl", b'{"text": "b"}\n{"a": \n', "line 2: found broken JSON"),
+    ("numbers.jsonl", b"[1, 2]\n", "the beginning of a list"),
     ("latin.txt", b"caf\xe9", "expected UTF-8 text"),
     ("bad.txt.gz", b"not gzip", "expected a whole gzip file"),
     ("cut.txt.gz", gzip.compress(TEXT.encode(), mtime=0)[:60], "expected a whole gzip file"),
@@ -460,6 +481,31 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, capsys, name, con
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_command_replaces_a_tokenizer_and_nothing_else(tok, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "tokenizer.json"
+    tok.save(out)
+    main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
+    assert Tokenizer.load(out).n_vocab == 270
+    for content in ('{"mine": 1}', "mine", '{"name": "gpt2", "more": 1}'):
+        out.write_text(content)
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
+        assert out.read_text() == content and "did not write it" in capsys.readouterr().err
+
+
+def test_pretraining_and_the_tokenizer_mean_the_same_text(tmp_path, capsys):
+    """Bug: one read "\\r\\n", "<|endoftext|>" and a row's id as text, and the other did not."""
+    (tmp_path / "a.txt").write_bytes(b"one cow\r\n<|endoftext|>\r\n\r\ntwo\r\ncows<|endoftext|>")
+    (tmp_path / "b.jsonl").write_text('{"text": "three\\n\\ncows", "id": "zebra zebra"}\n')
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    main([*paths, "--vocab_size", "264", "--out", str(tmp_path / "tokenizer.json")])
+    texts = [text for path in paths for text in read_documents(path)]
+    assert texts == ["one cow", "two\ncows", "three\ncows"]
+    assert_same(Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.train(texts, 264))
+    assert f"{sum(map(len, texts))} bytes" in capsys.readouterr().out
 
 
 def test_open_takes_a_file_of_either_kind_or_a_published_name(tok, tmp_path, monkeypatch):

@@ -116,7 +116,8 @@ def test_check_27_the_reward_model_keeps_one_of_identical_answers_and_counts(cut
     assert [e["grades"] for e in examples] == [None, None, [[0, 2, 3], [0, 0, 0], [0, 0, 0]]]
     assert [e["row"] for e in examples] == [1, 2, 3]  # a cow's and a pig's row have no strict pair
     printed = capsys.readouterr().out
-    assert "3 prompts of" in printed and "2 left out; answers left out: 3 identical, 0" in printed
+    assert "3 prompts of" in printed
+    assert "2 left out, 0 of them ties; answers left out: 3 identical, 0" in printed
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.5])
@@ -192,7 +193,7 @@ def test_check_28_evaluation_counts_each_strict_pair_and_leaves_margins_out(road
 
 def test_check_29_a_grade_of_zero_is_a_grade_and_a_gap_of_zero_half_a_hit(road, tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl", [
-        {"prompt": "cow?", "chosen": "moo", "rejected": "baa", "rating": 0},
+        {"prompt": "cow?", "chosen": "moo", "rejected": "baa", "rating": "negligible"},
         {"prompt": "owl?", "chosen": "hoot", "rejected": "baa", "rating": "significantly"}])
     run = begin("rm", road, tmp_path, data=data)
     examples = train_rm.encode(train_rm.read_preferences(data), run.tokenizer, 64, run.cfg)

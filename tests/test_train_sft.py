@@ -38,12 +38,15 @@ def test_check_13_a_dialogue_that_is_cut_trains_whole_answers_only(road, tmp_pat
     cfg = road.config("sft", tmp_path, too_long="cut")
     whole, _ = tok.encode_chat(chat(*texts))
     first, last = (tok.encode(text) + [tok.end_id] for text in texts[1::2])
-    mark = whole.index(tok.assistant_id)  # where the first answer is announced
-    for max_len in range(len(last) + 4, len(whole) + 1):
+    turn, _ = tok.encode_chat(chat(*texts[2:]))
+    for max_len in range(len(last) + 5, len(whole) + 1):
         [(ids, mask)] = train_sft.encode([{"messages": chat(*texts)}], tok, max_len, cfg)
-        assert ids == whole[:1] + whole[1 + len(whole) - max_len :]
+        if len(turn) <= max_len:
+            assert ids == (whole if max_len == len(whole) else turn)
+        else:
+            assert ids[:2] == [tok.begin_id, tok.user_id] and len(ids) <= max_len
         trained = [one for one, counts in zip(ids, mask) if counts]
-        kept = first if len(whole) - max_len < mark else []  # none without its mark
+        kept = first if max_len == len(whole) else []  # none without its question
         assert trained == kept + last and mask[-len(last) :] == [True] * len(last)
 
 
@@ -128,7 +131,11 @@ def test_check_33_a_cut_dialogue_trains_on_its_last_answer_and_nothing_else(cont
     rows = train_sft.read_demonstrations(data)
     (ids, mask), short = train_sft.encode(rows, run.tokenizer, 64, run.cfg)
     whole, _ = run.tokenizer.encode_chat(rows[0]["messages"])
-    assert len(whole) > 64 and ids == whole[:1] + whole[-63:] and len(mask) == 64
+    assert len(whole) > 64 and len(ids) == len(mask) <= 64
+    assert ids[:2] == [run.tokenizer.begin_id, run.tokenizer.user_id]  # no turn without its role
+    read = run.tokenizer.decode([i for i, m in zip(ids, mask) if not m])
+    question = read.removeprefix("<|begin|><|user|>").removesuffix("<|end|><|assistant|>")
+    assert question == contents[-2] or contents[-2] == LONG and LONG.strip().endswith(question)
     trained = [i for i, m in zip(ids, mask) if m]
     assert run.tokenizer.decode(trained) == "Please: moo.<|end|>"
     assert mask == sorted(mask)
@@ -139,17 +146,39 @@ def test_check_33_a_cut_dialogue_trains_on_its_last_answer_and_nothing_else(cont
         assert row[1:][m].tolist() == [i for i, trained in zip(ids, mask) if trained]
 
 
-def test_check_33_an_earlier_answer_is_trained_only_while_its_whole_turn_is_left(road, tmp_path):
-    """Cut by one token more each time, through the first question, its answer, and the second."""
+def test_check_14_a_turn_that_is_marked_as_not_to_be_trained_is_read_only(road, tmp_path, capsys):
+    """Bug: "weight": 0 on an assistant message was read over, and its answer imitated."""
+    turns = chat("cow?", "moo, fool.", "dog?", "woof")
+    turns[1]["weight"] = 0
+    data = write_rows(tmp_path / "marked.jsonl", [{"messages": turns}])
+    run = begin("sft", road, tmp_path, data=data)
+    rows = train_sft.read_demonstrations(data)
+    [(ids, mask)] = train_sft.encode(rows, run.tokenizer, 64, run.cfg)
+    assert run.tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "woof<|end|>"
+    assert ids == run.tokenizer.encode_chat(chat("cow?", "moo, fool.", "dog?", "woof"))[0]
+    turns = chat("cow? " * 30, "moo", "dog?", "woof")  # the trained answer goes with its question
+    rows = [{"messages": [*turns[:3], {**turns[3], "train": False}]}]
+    run.cfg.too_long = "cut"
+    assert train_sft.encode(rows, run.tokenizer, 64, run.cfg) == []
+    assert "| 0 dialogues" in (printed := capsys.readouterr().out) and ", 1 left out" in printed
+
+
+def test_what_a_cut_takes_is_counted_by_kind(road, tmp_path, capsys):
+    """Bug: a dialogue that lost its standing instruction was reported like one that is whole."""
+    system, long = [{"role": "system", "content": "Answer in one word."}], "What does it say? " * 15
+    rows = [{"messages": m} for m in (
+        chat("cow?", "moo"), system + chat(long, "moo", "cow?", "moo"),
+        chat(long, "moo", "cow?", "moo"), [{**system[0], "content": long}] + chat("cow?", "moo"),
+        chat(long, "moo"), chat("cow?", "moo, " * 40))]
     run = begin("sft", road, tmp_path, too_long="cut")
-    rows = [{"messages": chat("dog?", "woof", "cow?", "moo")}]
-    whole, mask = run.tokenizer.encode_chat(rows[0]["messages"])
-    opens = [i for i, token in enumerate(whole) if token == run.tokenizer.assistant_id]
-    for over in range(1, len(whole)):
-        kept = train_sft.encode(rows, run.tokenizer, len(whole) - over, run.cfg)
-        trained = [m and (i > opens[1] or over < opens[0]) for i, m in enumerate(mask)]
-        assert kept == ([(whole[:1] + whole[1 + over :], trained[:1] + trained[1 + over :])]
-                        if over < opens[1] else [])
+    examples = train_sft.encode(rows, run.tokenizer, 64, run.cfg)
+    assert [run.tokenizer.decode(ids) for ids, _ in examples[:4]] == [
+        "<|begin|><|user|>cow?<|end|><|assistant|>moo<|end|>",
+        "<|begin|><|system|>Answer in one word.<|end|><|user|>cow?<|end|><|assistant|>moo<|end|>",
+        *["<|begin|><|user|>cow?<|end|><|assistant|>moo<|end|>"] * 2]
+    assert ("5 dialogues of " in (printed := capsys.readouterr().out) and printed.endswith(
+        ", 1 left out (longer than 64 tokens); cut to fit: 1 lost the beginning of the last "
+        "question, 1 lost the system turn, 2 lost turns\n"))
 
 
 def test_check_38_sft_beats_the_base_model_on_held_out_dialogues(road, tmp_path, monkeypatch):

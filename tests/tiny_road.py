@@ -90,7 +90,8 @@ class Road:
             # Every other row is a ranked list with grades, the others are pairs.
             {"prompt": question, "output": [polite(sound), sound, rude(sound)],
              "grades": [[0, 1, 3], [0, 0, 2], [0, 0, 0]]} if i % 2 else
-            {"prompt": question, "chosen": polite(sound), "rejected": rude(sound), "rating": 3}
+            {"prompt": question, "chosen": polite(sound), "rejected": rude(sound),
+             "rating": "significantly"}
             for i, (question, sound) in enumerate(PROMPTS)])
         self.prompts = write_rows(self.folder / "prompts.jsonl",
                                   [{"prompt": question} for question, _ in PROMPTS])
@@ -423,7 +424,8 @@ RANKED = [
     {"prompt": "cow?", "output": ["Please: moo.", "moo", "baa", "moo, fool."],
      "ranks": [0, 1, 1, 2],
      "grades": [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]},
-    {"prompt": "What does a dog say?", "chosen": "woof", "rejected": "meow, meow", "rating": 1},
+    {"prompt": "What does a dog say?", "chosen": "woof", "rejected": "meow, meow",
+     "rating": "slightly"},
     {"prompt": "owl?", "output": ["hoot", "moo", "baa, baa"], "ranks": [0, 0, 1]},
     {"prompt": "How does a pig go?", "output": ["oink, fool.", "Please: oink."]},
     {"prompt": "lion?", "output": ["roar, fool.", "Please: roar.", "roar"],

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.batches import encode_answer, pad_right
+from minirlhf.batches import encode_answer, fit, pad_right
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
@@ -56,9 +56,11 @@ def model_gaps(folder, rows, cfg):
     device = pick_device(cfg.device)
     model, tokenizer = load_model(folder, "scalar", device)
     dtype, n = pick_dtype(cfg.dtype, device), model.cfg.block_size
-    sequences = [encode_answer(tokenizer, row["messages"], answer)[0]
-                 for row in rows for answer in row["answers"]]  # 2N
-    # The context's end is where the answer is, so what doesn't fit is cut after the first token.
+    sequences = []  # 2N
+    for row in rows:  # long prompts are cut as in training
+        messages, _, _ = fit(tokenizer, row["messages"], row["answers"], n, "cut", folder)
+        sequences += [encode_answer(tokenizer, messages, answer)[0] for answer in row["answers"]]
+    # Every pair counts here, so of an answer that fits beside no prompt the end is read.
     sequences = [ids if len(ids) <= n else ids[:1] + ids[1 - n :] for ids in sequences]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = torch.zeros(len(sequences))

@@ -15,6 +15,7 @@ opening, so a split by rows would test on conversations that training has partly
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.download import download
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_lines, write_jsonl, write_lines
+from minirlhf.plumbing.files import check_writable, read_lines, write_jsonl, write_lines
 from minirlhf.plumbing.formats import as_document, parse_preference, read_rows
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
@@ -46,8 +47,14 @@ class Config:
 
 def read_checksums(path):
     """{file name: SHA-256} of a file that `sha256sum` wrote; {} where no path is given."""
-    lines = [line.split() for _, line in read_lines(path)] if path else []
-    return {words[1]: words[0] for words in lines if len(words) == 2}
+    sums = {}
+    for number, line in read_lines(path) if path else ():
+        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](\S+)", line)
+        if line.strip() and not found:
+            raise UserError(f"{path}, line {number}: expected a SHA-256, two spaces and a file's "
+                            "name; write it with sha256sum")
+        sums.update({found[2]: found[1]} if found else {})
+    return sums
 
 
 def download_all(url, out, subsets, sha256):
@@ -56,6 +63,9 @@ def download_all(url, out, subsets, sha256):
     print("SHA-256 (keep these lines in a file for --sha256):")
     for subset in subsets:
         for name in (f"{subset}/train.jsonl.gz", f"{subset}/test.jsonl.gz"):
+            if known and name not in known:
+                raise UserError(f"{sha256}: expected a line for {name}, found none; without its "
+                                "checksum the file can't be held against anything")
             digest = download(f"{url}/{name}", os.path.join(out, "raw", name), known.get(name))
             print(f"{digest}  {name}")
     return os.path.join(out, "raw")
@@ -170,26 +180,34 @@ def main(cfg):
     if not -1 <= cfg.fold < NUM_FOLDS:
         raise UserError(f"--fold {cfg.fold}: expected 0 to {NUM_FOLDS - 1}, or -1 for the "
                         "source's own split")
+    if cfg.source and cfg.sha256:
+        raise UserError("--sha256 holds a download against its checksums; give it without --source")
+    names = ("train.jsonl", "heldout.jsonl", "demonstrations.jsonl", "prompts.jsonl",
+             "heldout_prompts.jsonl", "text.txt")
+    check_writable(cfg.out)
+    for target in (os.path.join(cfg.out, name) for name in names):
+        if os.path.exists(target) and os.path.isfile(cfg.source) and os.path.samefile(
+                cfg.source, target):
+            raise UserError(f"{target}: source and result are one file; choose another --out")
     source = cfg.source or download_all(cfg.url, cfg.out, subsets, cfg.sha256)
     pairs, dropped = clean_pairs(raw_rows(source, subsets), cfg.fold, cfg.max_chars)
     num_rows = len(pairs) + dropped.total()
+    if num_rows == 0:
+        raise UserError(f"{source}: expected rows of --subset {cfg.subset}, found none; upstream's "
+                        "folders are helpful-base, helpful-rejection-sampled, helpful-online and "
+                        "harmless-base")
     train, heldout = split_pairs(pairs, dropped)
     if not train or not heldout:
         raise UserError(f"{source}: expected training and held-out rows, found {len(train)} and "
                         f"{len(heldout)}; hold out a fifth with --fold 0")
 
     demonstrations = demonstration_rows(train)
-    written = {
-        "train.jsonl": preference_rows(train),
-        "heldout.jsonl": preference_rows(heldout),
-        "demonstrations.jsonl": demonstrations,
-        "prompts.jsonl": prompt_rows(train),
-        "heldout_prompts.jsonl": prompt_rows(heldout),
-    }
+    written = dict(zip(names, (preference_rows(train), preference_rows(heldout), demonstrations,
+                               prompt_rows(train), prompt_rows(heldout))))
     for name, rows in written.items():
         write_jsonl(os.path.join(cfg.out, name), rows)
     # A blank line after each dialogue: that is where the next document begins.
-    write_lines(os.path.join(cfg.out, "text.txt"),
+    write_lines(os.path.join(cfg.out, names[-1]),
                 (dialogue_text(row["messages"]) + "\n" for row in demonstrations))
 
     print(f"rows read {num_rows:,} | kept {len(train) + len(heldout):,} | "

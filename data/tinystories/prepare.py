@@ -12,14 +12,15 @@ The files may be compressed (.gz). In them "<|endoftext|>" stands between two st
 import os
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.download import download
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_lines, write_lines
-from minirlhf.plumbing.formats import END_OF_TEXT, as_document
+from minirlhf.plumbing.files import check_writable, write_lines
+from minirlhf.plumbing.formats import END_OF_TEXT, marked_documents
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 NAMES = {"train": "TinyStories-train.txt", "valid": "TinyStories-valid.txt"}  # upstream's
@@ -55,17 +56,13 @@ def find_file(source, side):
 
 def read_stories(path):
     """Yield the stories one by one, so that 2 GB never stand in memory."""
-    lines, num_marks = [], 0
-    for _, line in read_lines(path):
-        *finished, rest = line.split(END_OF_TEXT)
-        for piece in finished:
-            yield as_document("\n".join([*lines, piece]))
-            lines, num_marks = [], num_marks + 1
-        lines.append(rest)
-    if num_marks == 0:
+    pieces = marked_documents(path)
+    first, second = next(pieces), next(pieces, None)
+    if second is None:
         raise UserError(f"{path}: expected {END_OF_TEXT} between stories, found none; "
                         "give the original file")
-    yield as_document("\n".join(lines))  # what follows the last mark, often nothing
+    yield from (first, second)
+    yield from pieces  # what follows the last mark is often nothing
 
 
 def new_stories(stories, seen, counts):
@@ -86,24 +83,31 @@ def new_stories(stories, seen, counts):
 
 
 def main(cfg):
+    check_writable(cfg.out)
     source = cfg.source or download_all(cfg.url, cfg.out)
     one_file = not os.path.isdir(source)
+    # Held-out stories first: training then leaves them out.
+    paths = {side: find_file(source, side) for side in ("valid", "train")}
+    targets = {side: os.path.join(cfg.out, f"{side}.txt") for side in paths}
+    for path in paths.values():
+        next(read_stories(path))  # whatever is wrong with one shows before the other is written
+        for target in targets.values():
+            if os.path.exists(target) and os.path.samefile(path, target):
+                raise UserError(f"{target}: source and result are one file; choose another --out")
     seen = set()
-    for side in ("valid", "train"):  # held-out stories first: training then leaves them out
-        path, target = find_file(source, side), os.path.join(cfg.out, f"{side}.txt")
-        if os.path.exists(target) and os.path.samefile(path, target):
-            raise UserError(f"{target}: source and result are one file; choose another --out")
-        stories = read_stories(path)
+    for side, target in targets.items():
+        path, stories = paths[side], read_stories(paths[side])
         if one_file:
             stories = (story for number, story in enumerate(stories, start=1)
                        if (number % VALID_EVERY == 0) == (side == "valid"))
         counts = {"stories": 0, "characters": 0, "dropped, seen before": 0}
-        # A blank line after each story: that is where the next document begins.
-        write_lines(target, (story + "\n" for story in new_stories(stories, seen, counts)))
-        if counts["stories"] == 0:
-            os.remove(target)
+        stories = new_stories(stories, seen, counts)
+        first = next(stories, None)
+        if first is None:
             raise UserError(f"{path}: expected stories for {side}.txt, found none; give a file "
                             f"with at least {VALID_EVERY} stories")
+        # A blank line after each story: that is where the next document begins.
+        write_lines(target, (story + "\n" for story in chain([first], stories)))
         print(f"{target} | " + " | ".join(f"{name} {n:,}" for name, n in counts.items()))
 
 

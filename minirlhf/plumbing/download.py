@@ -9,6 +9,7 @@ import urllib.request
 from tqdm import tqdm
 
 from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import writing
 
 TIMEOUT = 30  # seconds without a byte until the connection counts as broken
 
@@ -30,7 +31,13 @@ def download(url, path, sha256=None, tries=3, wait=1.0):
     Raises UserError with url and path when the file can't be had or isn't the expected one.
     """
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            urllib.request.Request(url)
+        except ValueError as error:
+            raise UserError(f"{url}: expected a web address, https://... ({error}); check the "
+                            "address, or give a local copy with --source") from None
+        with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         for attempt in range(tries):
             try:
                 fetch_rest(url, path + ".part")

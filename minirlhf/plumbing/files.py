@@ -4,8 +4,10 @@ Whoever reads gets a UserError that names the file, and the command that makes a
 Whoever writes does so through `write_atomically`.
 """
 
+import codecs
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -61,9 +63,44 @@ def naming(path, line=lambda: 0):
                         "check the path") from None
 
 
+HEAD = 64  # bytes that show what a file is
+FOREIGN = {  # how a file begins that is no text -> (what it is, what to do about it)
+    b"version https://git-lfs": ("a Git LFS pointer, which stands for the real file",
+                                 "fetch that with: git lfs pull"),
+    b"\x1f\x8b": ("a gzip file whose name doesn't end in .gz", "rename it, or unpack it"),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "unpack it, or export it as text"),
+    b"PAR1": ("a Parquet file", "export it as .jsonl, one object a line"),
+    b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
+    b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
+}
+
+
+def check_head(path, head, packed):
+    """Refuse by its first bytes a file that would only be told "no UTF-8" or "broken JSON".
+
+    packed: whether a gzip file is what the name promises.
+    """
+    for start, (what, mend) in FOREIGN.items():
+        if head.startswith(start) and not (packed and start == b"\x1f\x8b"):
+            raise UserError(f"{path}: expected text in UTF-8, found {what}; {mend}")
+    if b"\0" in head and not packed:
+        raise UserError(f"{path}: expected text in UTF-8, found bytes of something else (some of "
+                        "them 0); export it as text")
+
+
+@contextmanager
 def open_bytes(path):
-    """A file opened for reading bytes, unzipped if its name ends in .gz."""
-    return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
+    """A file opened for reading the bytes of its text: unzipped if its name ends in .gz, behind
+    the byte-order mark that some editors put in front and that is no part of the text."""
+    packed = str(path).endswith(".gz")
+    with open(path, "rb") as file:
+        check_head(path, file.peek(HEAD)[:HEAD], packed)
+        with gzip.open(file) if packed else file as text:
+            if packed:
+                check_head(path, text.peek(HEAD)[:HEAD], False)
+            if text.peek(3)[:3] == codecs.BOM_UTF8:
+                text.read(3)
+            yield text
 
 
 def read_file(path):
@@ -80,6 +117,37 @@ def read_lines(path):
             yield number, line.decode("utf-8").rstrip("\r\n")
     if number == 0:
         raise UserError(f"{path}: expected text, found an empty file; write it again")
+
+
+def parse_json(text):
+    """The value that a JSON text spells; UserError where it is broken or says two things at once.
+
+    Python's own reader keeps the last of two equal keys and takes NaN and Infinity, which are no
+    JSON: other programs could not read what is made of them.
+    """
+    def one_of_each(pairs):
+        keys = [key for key, _ in pairs]
+        twice = [key for key in keys if keys.count(key) > 1] if len(set(keys)) < len(keys) else []
+        if twice:
+            raise UserError(f"expected each key once, found {json.dumps(twice[0])} twice; remove "
+                            "one of the two")
+        return dict(pairs)
+
+    def finite(number):
+        if not math.isfinite(float(number)):
+            raise UserError(f"expected numbers that JSON knows, found {number[:20]}; write null, "
+                            "or leave the key out")
+        return float(number)
+
+    try:
+        return json.loads(text, object_pairs_hook=one_of_each, parse_float=finite,
+                          parse_constant=finite)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"found broken JSON ({error})") from None
+    except RecursionError:
+        raise UserError("found lists or objects that are nested too deeply") from None
 
 
 # ---------------------------------------------------------------- writing

@@ -8,7 +8,7 @@ no training script has a branch on the input's format:
                             "ranks": [0, 1, ...], "grades": K x K or None, "meta"}
     read_prompts        -> {"messages": [..., the user's turn], "answer": str or None, "meta"}
     read_samples        -> a prompt's row with "samples": [{"text", "ended", ...}, ...]
-    read_text           -> one string, its documents separated by blank lines
+    read_documents      -> one text after the other, for the tokenizer and for pretraining
 
 Files end in .jsonl or .jsonl.gz (text: also .txt or .txt.gz). Keys that a shape doesn't name are
 kept under "meta". Anything else is refused with a UserError that says which file and line, what
@@ -16,20 +16,30 @@ was expected, what was found, and how to mend it. Guessing instead would train o
 a word, and a row that is skipped in silence makes a count that nobody can explain later.
 
 A conversation is a list of {"role", "content"}: an optional system message first, then user and
-assistant in turn, starting with the user.
+assistant in turn, starting with the user. White space at the edges of a content is dropped, however
+the row was written: the template has tokens of its own for where a turn begins and ends, and an
+answer that is preferred for its first space alone teaches nothing else.
 """
 import json
+import math
 import re
+from pathlib import Path
 
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import read_lines
+from minirlhf.plumbing.files import parse_json, read_lines
 
-PROMPT_KEYS = ("prompt", "messages", "query", "instruction")  # where a preference keeps its prompt
+PROMPT_KEYS = ("prompt", "messages", "query", "instruction")  # where a prompt may stand
+SYSTEM_KEYS = ("system", "system_prompt")  # where its standing instruction may stand beside it
+BESIDE = ("input", "history")  # what belongs to "instruction", and to nothing else
+SHAPE_KEYS = (*PROMPT_KEYS, *BESIDE, "output", "chosen", "rejected", "text")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+          ("chosen_rating", "rejected_rating"))  # what data sets call a pair's two scores
 GRADES = ("negligible", "slightly", "better", "significantly")  # Llama 2's four; index = grade
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-OWN_KEYS = {"messages", "prompt", "instruction", "input", "output", "history", "query", "chosen",
-            "rejected", "ranks", "grades", "rating", "answer", "samples", "meta"}
+OWN_KEYS = {*SHAPE_KEYS, *SYSTEM_KEYS, *sum(SCORES, ()), "ranks", "grades", "rating", "label",
+            "answer", "samples", "meta"}
 END_OF_TEXT = "<|endoftext|>"  # what text corpora write between two documents
+LONGEST = 2**14  # characters of a .txt file's document, which else might be the whole file
 
 
 # ---------------------------------------------------------------- refusing, in one wording
@@ -44,7 +54,12 @@ def refuse(expected, found, mend):
 
 
 def checked_text(value, what):
-    """Return `value` if it is a string with something in it that UTF-8 can hold, else refuse."""
+    """`value` without white space at its edges, if it is a string that says something, else refuse.
+
+    A list of text parts, {"type": "text", "text"}, counts as their texts, a line each.
+    """
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        value = "\n".join(text_of_part(part, what) for part in value)
     if not isinstance(value, str):
         refuse(f"{what} to be a string", value, "write it as text in double quotes")
     if not value.strip():
@@ -54,13 +69,30 @@ def checked_text(value, what):
     except UnicodeEncodeError:  # JSON can spell half of a character, "\ud83d"; no file can hold it
         refuse(f"{what} to be whole characters", value.encode("ascii", "backslashreplace").decode(),
                "write the file again as UTF-8")
-    return value
+    return value.strip()
+
+
+def text_of_part(part, what):
+    """The text of one part of a content that is written as a list of parts."""
+    if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        refuse(f"{what} in text parts only", part, "remove the row: no picture or tool is read")
+    return part["text"]
+
+
+def refuse_second(row, used):
+    """Refuse a row that holds what a second shape would be read from, besides the keys `used`."""
+    second = [key for key in SHAPE_KEYS if row.get(key) not in (None, "", []) and key not in used]
+    if second:
+        first = [key for key in used if key in row]
+        refuse("one way of writing a row", f"{', '.join(second)} beside {', '.join(first)}",
+               "remove what is not meant, or put it under meta")
 
 
 def check_messages(messages, last):
     """Check a conversation and return it with the keys role and content only.
 
     `last` is the role that has to close it: "assistant" for a demonstration, "user" for a prompt.
+    An assistant message that is marked as not to be trained keeps "train": False.
     """
     if not isinstance(messages, list) or not messages:
         refuse("messages as a list of {role, content}", messages, "wrap a lone message in a list")
@@ -75,17 +107,41 @@ def check_messages(messages, last):
                    "user and assistant take turns, after at most one system message")
         content = checked_text(message["content"], f"the content of message {number}")
         clean.append({"role": role, "content": content})
+        if not is_trained(message, number) and role == "assistant":
+            clean[-1]["train"] = False  # of the other roles nothing is trained anyway
     if clean[-1]["role"] != last:
         refuse(f"the last message to be the {last}'s", clean[-1]["role"],
                "a demonstration ends with the assistant, a prompt with the user")
     return clean
 
 
+def is_trained(message, number):
+    """False where a message's "weight" or "train" says that its turn is to be read only."""
+    marks = [message[key] for key in ("weight", "train") if key in message]
+    for mark in marks:
+        if mark not in (0, 1):  # True and 1.0 are equal to 1
+            refuse(f"weight 0 or 1, or train true or false, in message {number}", mark,
+                   "a turn is trained or it is not: there is nothing between")
+    if len(set(map(bool, marks))) > 1:
+        refuse(f"weight and train to agree in message {number}", marks, "remove one of the two")
+    return all(marks)
+
+
+def bare(messages):
+    """Messages as a prompt has them, without "train": nothing of a prompt is trained."""
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
 # ---------------------------------------------------------------- pieces that rows are made of
 
 def is_transcript(value):
-    """Whether `value` is a dialogue in hh-rlhf's way of writing, all turns in one string."""
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
+    """Whether `value` is a dialogue in hh-rlhf's way of writing, all turns in one string.
+
+    A line "Human: ..." alone is none: some of hh-rlhf's answers begin so.
+    """
+    text = value.replace("\r\n", "\n") if isinstance(value, str) else ""
+    return text.startswith("\n\nHuman:") or (
+        text.lstrip().startswith("Human:") and "\n\nAssistant:" in text)
 
 
 def transcript_messages(text):
@@ -93,7 +149,9 @@ def transcript_messages(text):
 
     Two turns in a row of one speaker (hh-rlhf has them in one row of 300) count as one turn.
     """
-    pieces = re.split(r"\n\n(Human|Assistant):", text)  # ["", role, content, role, content, ...]
+    text = text.replace("\r\n", "\n").strip()
+    # ["", role, content, role, content, ...]
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     messages = []
     for speaker, content in zip(pieces[1::2], pieces[2::2]):
         role, content = HH_ROLES[speaker], content.strip()
@@ -112,29 +170,50 @@ def instruction_messages(row):
         messages += [{"role": "user", "content": pair[0]},
                      {"role": "assistant", "content": pair[1]}]
     text = checked_text(row["instruction"], "instruction")
+    if is_transcript(text):
+        refuse("one question under instruction", "a transcript", "rename the key to prompt")
     if row.get("input"):
         text += "\n" + checked_text(row["input"], "input")
     return check_messages(messages + [{"role": "user", "content": text}], last="user")
 
 
-def prompt_messages(row, keys):
-    """The messages up to the user's last turn, found under exactly one of `keys`."""
-    present = [key for key in keys if key in row]
+def with_system(messages, row):
+    """Messages that begin with the standing instruction of the row's own key, if it has one."""
+    for key in SYSTEM_KEYS:
+        if row.get(key) in (None, ""):
+            continue
+        system = {"role": "system", "content": checked_text(row[key], key)}
+        if messages[0]["role"] != "system":
+            messages = [system, *messages]
+        elif messages[0] != system:
+            refuse(f"one system message, the same under {key}", "two that differ",
+                   "remove one of the two")
+    return messages
+
+
+def prompt_messages(row):
+    """The messages up to the user's last turn, found under exactly one of PROMPT_KEYS."""
+    present = [key for key in PROMPT_KEYS if key in row]
     if len(present) != 1:
-        refuse(f"exactly one of the keys {', '.join(keys)}", f"the keys {', '.join(row)}",
+        refuse(f"exactly one of the keys {', '.join(PROMPT_KEYS)}", f"the keys {', '.join(row)}",
                "rename the key that holds the prompt, and remove a second one")
     value = row[present[0]]
     if present == ["instruction"]:
-        return instruction_messages(row)
-    if is_transcript(value):
+        return with_system(instruction_messages(row), row)
+    if any(row.get(key) for key in BESIDE):
+        refuse("input and history beside instruction only", f"the keys {', '.join(row)}",
+               f"rename {present[0]}, or put the others under meta")
+    if present == ["messages"]:
+        messages = value
+    elif is_transcript(value) or isinstance(value, str) and value.lstrip().startswith("Human:"):
         messages = transcript_messages(value)
+        if len(messages) == 1 and re.search(r"\n(Human|Assistant):", messages[0]["content"]):
+            refuse("a blank line before each speaker of a transcript", value, "write it so")
         if messages[-1] == {"role": "assistant", "content": ""}:
             messages.pop()  # hh-rlhf's prompts end in "\n\nAssistant:", waiting for the answer
-    elif isinstance(value, str) and present != ["messages"]:
-        messages = [{"role": "user", "content": value}]
     else:
-        messages = value
-    return check_messages(messages, last="user")
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    return with_system(bare(check_messages(messages, last="user")), row)
 
 
 def split_answer(value):
@@ -146,12 +225,14 @@ def split_answer(value):
         return None, checked_text(value, "the answer")
     messages = transcript_messages(value) if is_transcript(value) else value
     messages = [messages] if isinstance(messages, dict) else messages
-    if isinstance(messages, list) and len(messages) == 1:
-        # The answer alone: a question put in front lets the same check look at it.
-        question = [{"role": "user", "content": "?"}]
-        return None, check_messages(question + messages, last="assistant")[-1]["content"]
+    alone = isinstance(messages, list) and len(messages) == 1
+    if alone:  # a question put in front lets the same check look at it
+        messages = [{"role": "user", "content": "?"}, *messages]
     messages = check_messages(messages, last="assistant")
-    return messages[:-1], messages[-1]["content"]
+    if "train" in messages[-1]:
+        refuse("answers to be compared", "one that is marked as not to be trained",
+               "remove the row, or the mark")
+    return None if alone else bare(messages[:-1]), messages[-1]["content"]
 
 
 def grade_number(value):
@@ -169,6 +250,9 @@ def grade_table(row, K):
         if K != 2 or "grades" in row:
             refuse("rating on a pair and grades on a longer list", f"the keys {', '.join(row)}",
                    "remove one of the two")
+        if not isinstance(row["rating"], str):  # 1 is the lowest of five stars, or "slightly"
+            refuse(f"rating as one of the names {', '.join(GRADES)}", row["rating"],
+                   "a number doesn't say on what scale it is: write the name, or rename the key")
         return [[0, grade_number(row["rating"])], [0, 0]]
     grades = row.get("grades")
     if grades is None:
@@ -179,6 +263,32 @@ def grade_table(row, K):
         refuse(f"grades as {K} lists of {K}", grades, "give one row and one column an answer")
     # Answers are sorted best first, so whatever stands on or below the diagonal says nothing new.
     return [[grade_number(grades[i][j]) if i < j else 0 for j in range(K)] for i in range(K)]
+
+
+def ranks_of(row, K):
+    """K ints from 0 on that never fall, equal where two answers tie: of "ranks", or of a pair's two
+    scores; without either the order alone counts."""
+    ranks = row.get("ranks", list(range(K)))
+    if (not isinstance(ranks, list) or len(ranks) != K or any(type(r) is not int for r in ranks)
+            or ranks != sorted(ranks) or ranks[0] < 0 or ranks[-1] >= 2**63):
+        # In the loss a rank of -1 means that there is no answer.
+        refuse(f"ranks as {K} whole numbers from 0 on that never fall", ranks,
+               "put the best answer first")
+    for better, worse in SCORES:
+        scores = [row.get(better), row.get(worse)]
+        if "chosen" not in row or scores == [None, None]:
+            continue
+        if any(type(score) not in (int, float) or not math.isfinite(score) for score in scores):
+            refuse(f"{better} and {worse} as two numbers", scores, "write both, or neither")
+        if scores[0] < scores[1]:
+            refuse(f"{better} of at least {worse}", scores,
+                   "the pair contradicts itself: exchange its answers, or remove it")
+        tie = scores[0] == scores[1]
+        if "ranks" in row and tie != (ranks[0] == ranks[1]):
+            refuse(f"ranks that agree with {better} and {worse}", [ranks, scores],
+                   "remove what is wrong")
+        ranks = [0, 0] if tie else ranks
+    return ranks
 
 
 def meta_of(row, used):
@@ -193,16 +303,25 @@ def meta_of(row, used):
 
 def parse_demonstration(row):
     """{"messages"} or {"instruction", "input", "output", "history"} -> {"messages", "meta"}."""
+    if row.get("label") in (False, "false", "False"):
+        refuse("answers worth imitating", f'"label": {json.dumps(row["label"])}', "remove the row, "
+               "if the label marks what nobody should say, as in data for KTO; else rename the key")
     if "messages" in row:
         messages, used = check_messages(row["messages"], last="assistant"), ("messages",)
+        prompt = row.get("prompt")
+        if isinstance(prompt, str) and {"role": "user", "content": prompt.strip()} in messages:
+            used = ("messages", "prompt")  # some data sets give the question once more
     elif "instruction" in row and "output" in row:
         answer = {"role": "assistant", "content": checked_text(row["output"], "output")}
         messages = instruction_messages(row) + [answer]
-        used = ("instruction", "input", "output", "history")
+        used = ("instruction", "output", *BESIDE)
     else:
         refuse("the key messages, or instruction and output", f"the keys {', '.join(row)}",
                "rename the keys")
-    return {"messages": messages, "meta": meta_of(row, used)}
+    refuse_second(row, used)
+    if all("train" in message for message in messages if message["role"] == "assistant"):
+        refuse("a turn that is to be trained", "none", "remove the row, or a mark of its messages")
+    return {"messages": with_system(messages, row), "meta": meta_of(row, (*used, *SYSTEM_KEYS))}
 
 
 def parse_preference(row):
@@ -210,48 +329,44 @@ def parse_preference(row):
 
     The prompt stands under one of PROMPT_KEYS, or every answer is a whole conversation that brings
     it along. If several bring it along they have to agree: scores of answers to *different*
-    prompts can't be compared. "ranks" marks ties by equal numbers.
+    prompts can't be compared. "ranks" marks ties by equal numbers, a pair's two scores do, too.
     """
-    used = ["ranks", "grades", "rating"]
+    used = ["ranks", "grades", "rating", *PROMPT_KEYS, *SYSTEM_KEYS]
+    used += BESIDE if "instruction" in row else []
     if "chosen" in row and "rejected" in row:
         candidates, used = [row["chosen"], row["rejected"]], used + ["chosen", "rejected"]
+        # A text under "output" is a further answer, which nobody has compared: one more key.
+        refuse_second(row, used + ["output"] * isinstance(row.get("output"), str))
     elif isinstance(row.get("output"), list) and len(row["output"]) >= 2:
         candidates, used = row["output"], used + ["output"]
+        refuse_second(row, used)
     else:
         refuse("chosen and rejected, or output as a list of two or more answers, best first",
                f"the keys {', '.join(row)}", "rename the keys, or drop rows with one answer")
-    prompts = []
-    if any(key in row for key in PROMPT_KEYS):
-        prompts.append(prompt_messages(row, PROMPT_KEYS))
+    prompts = [prompt_messages(row)] if any(key in row for key in PROMPT_KEYS) else []
     contexts, answers = zip(*[split_answer(candidate) for candidate in candidates])
     if not prompts and None in contexts:
         refuse(f"a prompt under {', '.join(PROMPT_KEYS)}, or every answer as a whole conversation",
                f"the keys {', '.join(row)}", "add the prompt")
-    prompts += [context for context in contexts if context is not None]
+    prompts += [with_system(context, row) for context in contexts if context is not None]
     if any(prompt != prompts[0] for prompt in prompts):
         refuse("the same conversation before every answer", "two that differ",
                "remove the row (data/hh_rlhf/prepare.py does so and counts them)")
     K = len(answers)
-    ranks = row.get("ranks", list(range(K)))
-    if (not isinstance(ranks, list) or len(ranks) != K or any(type(r) is not int for r in ranks)
-            or ranks != sorted(ranks) or ranks[0] < 0 or ranks[-1] >= 2**63):
-        # In the loss a rank of -1 means that there is no answer.
-        refuse(f"ranks as {K} whole numbers from 0 on that never fall", ranks,
-               "put the best answer first")
-    if "instruction" in row:
-        used += ["input", "history"]
-    return {"messages": prompts[0], "answers": list(answers), "ranks": ranks,
-            "grades": grade_table(row, K), "meta": meta_of(row, (*used, *PROMPT_KEYS))}
+    return {"messages": prompts[0], "answers": list(answers), "ranks": ranks_of(row, K),
+            "grades": grade_table(row, K), "meta": meta_of(row, used)}
 
 
 def parse_prompt(row):
-    """{"prompt" or "messages", "answer"?} -> {"messages", "answer", "meta"}."""
-    messages = prompt_messages(row, ("prompt", "messages"))
-    answer = row.get("answer")
+    """A prompt under one of PROMPT_KEYS, perhaps an "answer" -> {"messages", "answer", "meta"}.
+
+    Rows of preferences and of instructions are prompts as well: their answers become meta.
+    """
+    messages, answer = prompt_messages(row), row.get("answer")
     if answer is not None:
-        checked_text(answer, "answer")
-    return {"messages": messages, "answer": answer,
-            "meta": meta_of(row, ("prompt", "messages", "answer"))}
+        answer = checked_text(answer, "answer")
+    used = (*PROMPT_KEYS, *SYSTEM_KEYS, *(BESIDE if "instruction" in row else ()), "answer")
+    return {"messages": messages, "answer": answer, "meta": meta_of(row, used)}
 
 
 def parse_samples(row):
@@ -269,19 +384,37 @@ def parse_samples(row):
 
 # ---------------------------------------------------------------- files
 
+def refuse_name(path, expected):
+    """Refuse a file by the end of its name, and say what becomes of that kind."""
+    name = Path(path).name
+    mend = {".json": "write its objects as .jsonl, one a line",
+            ".csv": "write each line as a JSON object, in .jsonl",
+            ".tsv": "write each line as a JSON object, in .jsonl",
+            ".parquet": "export it as .jsonl", ".arrow": "export it as .jsonl",
+            ".xlsx": "export it as .jsonl", ".zip": "unpack it", ".bz2": "unpack it",
+            ".xz": "unpack it", ".zst": "unpack it", ".tar": "unpack it", ".tgz": "unpack it"}
+    kind = Path(name.lower().removesuffix(".gz")).suffix
+    raise UserError(f"{path}: expected a name in {expected}, or these with .gz; "
+                    f"{mend.get(kind, 'rename or convert it')}")
+
+
 def read_rows(path):
     """Yield (line number, object) of a JSONL file; blank lines are passed over."""
     if not str(path).endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{path}: expected a name in .jsonl or .jsonl.gz; rename or convert it")
+        refuse_name(path, ".jsonl")
     found = 0
     for number, line in read_lines(path):
         if not line.strip():
             continue
+        if not found and line.lstrip().startswith("["):
+            raise UserError(f"{path}, line {number}: expected one JSON object a line, found the "
+                            "beginning of a list; write its objects one a line, without brackets "
+                            "and commas around them")
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: expected one JSON object, found broken JSON "
-                            f"({error}); each line has to be a whole object") from None
+            row = parse_json(line)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}; each line has to be a whole JSON "
+                            "object") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found a "
                             f"{type(row).__name__}; write the row as {{...}}")
@@ -291,69 +424,122 @@ def read_rows(path):
         raise UserError(f"{path}: expected rows, found blank lines only; write it again")
 
 
-def read_each(path, parse):
-    """Every row of a JSONL file through `parse`; an error is given its file and line."""
-    rows = []
+def parse_each(path, parse):
+    """Yield every row of a JSONL file through `parse`; an error is given its file and line."""
     for number, row in read_rows(path):
         try:
-            rows.append(parse(row))
+            parsed = parse(row)
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         except RecursionError:  # deep enough to be read, too deep to be shown
             raise UserError(f"{path}, line {number}: lists or objects are nested too deeply; write "
                             "the row as plain text and messages") from None
-    return rows
+        yield parsed
 
 
 def read_demonstrations(path):
     """Demonstrations for SFT; see `parse_demonstration`."""
-    return read_each(path, parse_demonstration)
+    return list(parse_each(path, parse_demonstration))
 
 
 def read_preferences(path):
     """Preferences for the reward model and DPO; see `parse_preference`."""
-    return read_each(path, parse_preference)
+    return list(parse_each(path, parse_preference))
 
 
 def read_prompts(path):
     """Prompts for sampling and PPO; see `parse_prompt`."""
-    return read_each(path, parse_prompt)
+    return list(parse_each(path, parse_prompt))
 
 
 def read_samples(path):
     """Samples that sample.py wrote, for annotators and best-of-K; see `parse_samples`."""
-    return read_each(path, parse_samples)
+    return list(parse_each(path, parse_samples))
+
+
+def text_lines(text):
+    """The lines of a text whose line ends may be those of any system, "\\n", "\\r\\n" or "\\r"."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def as_document(text):
     """`text` without blank lines, because a blank line is what separates two documents."""
-    return re.sub(r"\n\s*\n", "\n", text.strip())
+    return "\n".join(line for line in text_lines(text) if line.strip())
+
+
+def row_texts(row, dialogues):
+    """The texts of a JSONL row: its document under "text", or, where `dialogues` are wanted, the
+    contents of a demonstration's, a preference's or a prompt's messages and answers."""
+    if "text" in row or not dialogues:
+        checked_text(row.get("text"), 'the key "text"')
+        refuse_second(row, ("text",))
+        return [as_document(row["text"])]
+    if "chosen" in row or "rejected" in row or isinstance(row.get("output"), list):
+        parsed = parse_preference(row)
+    elif "output" in row or isinstance(row.get("messages"), list) and row["messages"] and (
+            isinstance(row["messages"][-1], dict)
+            and row["messages"][-1].get("role") == "assistant"):
+        parsed = parse_demonstration(row)
+    else:
+        parsed = parse_prompt(row)
+    return [message["content"] for message in parsed["messages"]] + parsed.get("answers", [])
+
+
+def read_documents(path, dialogues=False):
+    """Yield the documents of a text file, one by one, none with a blank line in it.
+
+    Both the tokenizer and pretraining read through this, so that they mean the same text. In a .txt
+    file "<|endoftext|>" separates documents, or, where that does not occur, a blank line; then
+    one of more than LONGEST characters is cut at the end of a line, lest a file without blank
+    lines has to fit into memory. Of JSONL, the string under "text" is one document. dialogues:
+    rows of messages, instructions and preferences count, too, each content as a text.
+    """
+    found = False
+    if str(path).endswith((".jsonl", ".jsonl.gz")):
+        documents = (text for texts in parse_each(path, lambda row: row_texts(row, dialogues))
+                     for text in texts)
+    elif str(path).endswith((".txt", ".txt.gz")):
+        marked = any(END_OF_TEXT in line for _, line in read_lines(path))
+        documents = marked_documents(path) if marked else paragraphs(path)
+    else:
+        refuse_name(path, ".txt or .jsonl")
+    for document in documents:
+        if document:
+            found = True
+            yield document
+    if not found:
+        raise UserError(f"{path}: expected text, found white space only; write it again")
+
+
+def marked_documents(path):
+    """Yield what stands between two "<|endoftext|>", perhaps nothing."""
+    lines = []
+    for _, line in read_lines(path):
+        *finished, rest = line.split(END_OF_TEXT)
+        for piece in finished:
+            yield as_document("\n".join([*lines, piece]))
+            lines = []
+        lines.append(rest)
+    yield as_document("\n".join(lines))
+
+
+def paragraphs(path):
+    """Yield what stands between two blank lines, in pieces of about LONGEST characters at most."""
+    lines, size = [], 0
+    for _, whole in read_lines(path):
+        for line in text_lines(whole):
+            if not line.strip() or size > LONGEST:
+                yield "\n".join(lines)
+                lines, size = [], 0
+            if line.strip():
+                lines.append(line)
+                size += len(line)
+    yield "\n".join(lines)
 
 
 def read_text(path):
-    """Text for pretraining and tokenizer training -> one string, blank lines between documents.
-
-    A .txt file is taken as it is, unless "<|endoftext|>" separates its documents: then each becomes
-    one. Of JSONL, the string under "text" is one document.
-    """
-    if str(path).endswith((".jsonl", ".jsonl.gz")):
-        documents = read_each(path, lambda row: checked_text(row.get("text"), 'the key "text"'))
-    elif str(path).endswith((".txt", ".txt.gz")):
-        text = "\n".join(line for _, line in read_lines(path)).strip("\n")
-        if END_OF_TEXT not in text:
-            return checked_file_text(text, path)
-        documents = text.split(END_OF_TEXT)
-    else:
-        raise UserError(f"{path}: expected a name in .txt or .jsonl, or these with .gz; "
-                        "rename or convert it")
-    return checked_file_text("\n\n".join(filter(None, map(as_document, documents))), path)
-
-
-def checked_file_text(text, path):
-    """`text` with one line end at its end; refused where nothing but white space is in the file."""
-    if not text.strip():
-        raise UserError(f"{path}: expected text, found white space only; write it again")
-    return text + "\n"
+    """All documents of a text file as one string, separated by blank lines."""
+    return "\n\n".join(read_documents(path)) + "\n"
 
 
 def spread_meta(row):

@@ -9,6 +9,8 @@ BUGS = [
         "the template leaves the end token untrained"),
     Bug("Tokenizer.encode_chat", '== "assistant"', '== "assistant" and message is messages[-1]',
         "test_check_14", "only the last answer of a dialogue is trained"),
+    Bug("Tokenizer.encode_chat", ' and message.get("train", True)', "", "test_check_14",
+        "the template trains a turn that is marked as not to be trained"),
     Bug("Tokenizer.encode", "encode_ordinary(text)", 'encode(text, allowed_special="all")',
         "test_check_14", "the words <|end|> in a text become the end token"),
 ]
