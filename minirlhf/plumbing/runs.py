@@ -6,7 +6,6 @@ config and tokenizer.
 """
 
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from minirlhf.tokenizer import Tokenizer
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import (how_to_make, read_file, write_atomically, write_jsonl,
                                      write_text)
+from minirlhf.plumbing.judges import load_function  # noqa: F401: train_ppo.py asks here
 
 CKPT_KEYS = {"kind", "model", "model_config", "tokenizer"}  # what a next stage needs at least
 
@@ -87,20 +87,6 @@ def load_model(folder, kind="gpt", device="cpu"):
     """(model, tokenizer) of a run's folder, ready to evaluate."""
     ckpt = load_checkpoint(folder, kind=kind)
     return build_model(ckpt).to(device).eval(), Tokenizer.from_dict(ckpt["tokenizer"])
-
-
-def load_function(spec):
-    """The function that `file.py:name` points to: a judge, a verifier."""
-    path, _, name = spec.partition(":")
-    if not Path(path).is_file() or not name:
-        raise UserError(f"{spec!r} is no function; write it as file.py:name, with a file that "
-                        "exists")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{path} defines no function {name}")
-    return getattr(module, name)
 
 
 def frozen(model):
