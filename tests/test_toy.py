@@ -367,7 +367,7 @@ def test_the_judges_command_prints_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), ("", "found"), ("{\"messages\": []}\n", "line 1"), ("{\n", "line 1")])
+    (None, "no such file"), ("", "found"), ("{\"messages\": []}\n", "line 1"), ("{\n", "line 1")])
 @pytest.mark.parametrize("command", ["judge", "annotate"])
 def test_bad_samples_end_with_one_line_and_exit_2(command, content, message, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"

@@ -35,6 +35,8 @@ def blaming(path, place, expected):
     """
     try:
         yield
+    except UserError as error:  # it says itself what is expected
+        raise UserError(f"{place}: {error}") from None
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
