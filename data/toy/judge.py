@@ -116,9 +116,9 @@ def task_of(row):
                 and all(isinstance(text, str) for text in task["accepted"]))
     if not good:
         found = f'the "task" {str(task)[:60]}' if task else f"the keys {', '.join(sorted(row))}"
-        raise UserError(f'this judge knows the toy world only: expected a prompt with its "task" as '
-                        f"data/toy/prepare.py writes it, found {found}; use prompts from there, "
-                        "or another judge")
+        raise UserError(f'this judge knows the toy world only: expected a prompt with its "task" '
+                        f"as data/toy/prepare.py writes it, found {found}; use prompts from "
+                        "there, or another judge")
     return task
 
 
@@ -170,7 +170,7 @@ def judge(row, response, ended=True):
 
 
 def read_toy_samples(path):
-    """Rows of samples (see `formats.read_samples`), each of them answers to a toy world's prompt."""
+    """Rows of samples (see `formats.read_samples`), all of them to prompts of the toy world."""
     rows = read_samples(path)
     for number, row in enumerate(rows, start=1):
         try:

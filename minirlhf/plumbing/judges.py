@@ -115,6 +115,6 @@ def load_judge(spec, row):
 
 
 def load_plain(spec, row):
-    """The plain(row, few_shot) -> text that `file.py:name` points to, a function of the messages."""
+    """The plain(row, few_shot) -> text that `file.py:name`, a function of messages, writes."""
     return load_checked(spec, row, PLAIN, lambda text: text if isinstance(text, str) else None,
                         [(True,), (False,)], given=lambda row: row["messages"])
