@@ -6,6 +6,7 @@ at work, what came and what is expected. Each is tried before any work is done, 
 
 import copy
 import json
+import math
 import sys
 import traceback
 import types
@@ -99,9 +100,12 @@ def checked_verdict(result):
     verdict = dict(result) if isinstance(result, dict) else {"score": result}
     for name, value in verdict.items():
         if isinstance(value, Real) and not isinstance(value, bool):
-            if not abs(value) <= sys.float_info.max:  # NaN, infinite, or an int beyond all floats
+            try:
+                verdict[name] = float(value)
+            except OverflowError:  # an int beyond all floats
                 return None
-            verdict[name] = float(value)
+            if not math.isfinite(verdict[name]):
+                return None
     return verdict if type(verdict.get("score")) is float else None
 
 
