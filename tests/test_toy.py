@@ -408,8 +408,8 @@ def test_the_noise_has_the_distribution_that_makes_pairs_bradley_terry():
 
 
 def test_rankings_of_three_are_plackett_luce():
-    """Bug: Gumbel's sign turned. Pairs stay Bradley-Terry, but of three answers the *last* is then
-    drawn first, which gives other rankings."""
+    """Bug: Gumbel's sign turned. Pairs stay Bradley-Terry, but of three answers it is then the worst
+    that is drawn first, which gives other rankings."""
     golds, temperature, rng = [1.0, 0.5, 0.0], 0.4, random.Random(0)
     weight = [math.exp(gold / temperature) for gold in golds]
     found = Counter(tuple(annotate.rank(golds, temperature, rng)[0]) for _ in range(30_000))
