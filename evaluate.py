@@ -383,8 +383,6 @@ def collect_players(cfg, ev, keep=lambda name, player: None):
         if longest >= base.cfg.block_size:
             raise UserError(f"the few-shot prompt takes up to {longest} tokens; {cfg.base} has a "
                             f"context of {base.cfg.block_size}; leave --base out")
-        if not all(ids for its_prompts in plain.values() for ids in its_prompts):
-            raise UserError(f"{cfg.plain} returned an empty prompt; a base model needs some text")
     if cfg.preferences and ev.reward_model:
         longest = max(len(encode_answer(tokenizer, row["messages"], answer)[0])
                       for row in ev.preferences for answer in row["answers"])

@@ -101,16 +101,17 @@ def group_advantages(scores, scale=True):
     return torch.where(equal, torch.zeros_like(centred), centred)
 
 
-def adapt_beta(beta, kl, target, num_episodes, horizon=1000):
+def adapt_beta(beta, kl, target, num_episodes, horizon=10000):
     """Move the KL coefficient so that the measured KL drifts towards a target.
 
     kl: the mean over responses of the *sequence sum* of the per-token KL, in nats: the number that
     is logged. Per-token means would need another target. num_episodes: responses since the last
     call; horizon: after how many responses beta would change by the whole (clipped) error, a fifth
     at most. Source: Ziegler et al., arXiv 1909.08593, Eq. 3, where num_episodes / horizon is
-    K_beta = 0.1; their 10,000 episodes, of a run of two million, would hardly move beta in a run
-    of ten thousand. Raises ValueError where one step has more than a horizon's episodes: with a
-    multiple of it beta could turn negative, which rewards drift.
+    K_beta = 0.1. Their 10,000 episodes are of a run of two million: in one of ten thousand beta
+    would change by a fifth in all, so that a short run needs about ten steps' episodes. Raises
+    ValueError where one step has more than a horizon's episodes: with a multiple of it beta could
+    turn negative, which rewards drift.
     """
     if not 0 < num_episodes <= horizon:
         raise ValueError(f"{num_episodes} episodes a step with a horizon of {horizon}; expected a "

@@ -71,7 +71,11 @@ class Judge:
 
 judge = Judge()
 '''
-    assert load_judge(judge_file(source), ROW)(ROW, "moo", True) == {"score": 3.0}
+    try:
+        verdict = load_judge(judge_file(source), ROW)(ROW, "moo", True)
+    except UserError as error:
+        pytest.fail(str(error))
+    assert verdict == {"score": 3.0}
 
 
 def test_two_files_of_one_name_are_two_judges_and_no_modules_of_ours(tmp_path):
@@ -87,11 +91,11 @@ def test_two_files_of_one_name_are_two_judges_and_no_modules_of_ours(tmp_path):
 
 
 def test_a_judge_cannot_change_the_data(judge_file):
-    """Bug: a judge that pops a key of its row changes what is trained on and written."""
+    """Bug: a judge that changes its row changes what is trained on and written."""
     row = copy.deepcopy(ROW)
     judge = load_judge(judge_file(returning(
-        'float(row.pop("answer") == response and bool(row["messages"].pop()))')), row)
-    assert [judge(row, "moo", True)["score"] for _ in range(2)] == [1.0, 1.0] and row == ROW
+        '1.0 + len(row.pop("answer", "")) + bool(row["meta"].update(seen=1))')), row)
+    assert [judge(row, "moo", True)["score"] for _ in range(2)] == [4.0, 4.0] and row == ROW
 
 
 def test_the_toy_judge_is_loaded_like_any_other():
@@ -149,8 +153,9 @@ def test_a_verdict_that_is_none_is_refused_before_any_work(expression, found, ju
 ])
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_a_judge_that_fails_is_refused_with_its_line(source, words, judge_file):
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(BaseException, match=words) as refused:
         load_judge(judge_file(source), ROW)
+    assert isinstance(refused.value, UserError)  # and no SystemExit, which would end with code 0
     assert "\n" not in str(refused.value) and 'on the prompt "What does' in str(refused.value)
 
 
@@ -204,4 +209,5 @@ def test_a_plain_prompt_is_made_from_the_messages(judge_file):
 
 def test_what_is_shown_of_a_value_is_one_short_line():
     assert judges.shown("a\n b") == "a b" and judges.shown([1, 2]) == "[1, 2]"
+    assert judges.shown("cow\udcff") == "cow\\udcff"
     assert judges.shown("x" * 80) == "x" * 80 and judges.shown("x" * 81) == "x" * 77 + "..."

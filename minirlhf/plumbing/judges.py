@@ -7,6 +7,7 @@ at work, what came and what is expected. Each is tried before any work is done, 
 import copy
 import json
 import math
+import re
 import sys
 import traceback
 import types
@@ -18,12 +19,13 @@ from minirlhf.plumbing.errors import UserError
 
 VERDICT = ('a function (row, response, ended) that returns {"score": number, ...} or a number, all '
            "of them finite")
-PLAIN = "a function (messages, few_shot) that returns a text"
+PLAIN = "a function (messages, few_shot) that returns a text to go on with"
 
 
 def shown(value, most=80):
-    """A value on one line, shortened: it may be a whole story."""
+    """A value on one line that any terminal can print, shortened: it may be a whole story."""
     text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a character as \\udcff
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -118,7 +120,13 @@ def load_judge(spec, row):
     return load_checked(spec, row, VERDICT, checked_verdict, [("An answer.", True), ("", False)])
 
 
+def checked_plain(result):
+    """A plain prompt, or None where it is no text, or a blank one, or holds half a character."""
+    good = isinstance(result, str) and result.strip() and not re.search("[\ud800-\udfff]", result)
+    return result if good else None
+
+
 def load_plain(spec, row):
     """The plain(row, few_shot) -> text that `file.py:name`, a function of messages, writes."""
-    return load_checked(spec, row, PLAIN, lambda text: text if isinstance(text, str) else None,
-                        [(True,), (False,)], given=lambda row: row["messages"])
+    return load_checked(spec, row, PLAIN, checked_plain, [(True,), (False,)],
+                        given=lambda row: row["messages"])
