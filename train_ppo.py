@@ -37,8 +37,9 @@ from minirlhf.plumbing.checkpoints import frozen
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_prompts
+from minirlhf.plumbing.judges import load_judge
 from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
-from minirlhf.plumbing.runs import due, load_function, start_run
+from minirlhf.plumbing.runs import due, start_run
 from minirlhf.look.ledger import Ledger
 from minirlhf.look.plot import draw_curves
 
@@ -62,6 +63,7 @@ class Config:
     final_lr: float = 0.1  # last learning rate, as a share of the first
     beta: float = 0.1  # reward units charged per nat of KL to the reference
     kl_target: float = 0.0  # adapt beta towards this KL per response in nats (0: beta is fixed)
+    kl_horizon: int = 1000  # responses in which beta may move by a fifth; above 0
     kl_kind: str = "k1"  # estimator of the KL in the reward: k1 | k2 | k3
     gamma: float = 1.0  # discount per token; up to 1
     lam: float = 0.95  # GAE's lambda: 1 trusts the rewards alone, 0 the critic alone; up to 1
@@ -292,13 +294,16 @@ def summarise(rollout, beta):
 def main(cfg):
     # 1. Set-up: the folder, both checkpoints and the tokenizer that they share.
     run = start_run(cfg, needs={"init": "sft", "reward_model": "rm"}, reads=["prompts", "judge"])
-    judge = load_function(cfg.judge) if cfg.judge else None
+    if cfg.kl_target > 0 and cfg.kl_horizon < cfg.rollout_size:
+        raise UserError(f"--kl_horizon {cfg.kl_horizon}: expected at least --rollout_size "
+                        f"{cfg.rollout_size}, since one rollout moves beta at most by a fifth")
     if cfg.temperature == 0:
         raise UserError("--temperature 0: greedy answers have no log-probs to learn from; PPO "
                         "needs a number above 0")
 
     # 2. Data: encode the prompts, plan which are answered in which iteration.
     rows = read_prompts(cfg.prompts)
+    judge = load_judge(cfg.judge, rows[0]) if cfg.judge else None
     policy, reward_model = run.model("init"), frozen(run.model("reward_model"))
     prompts = encode_prompts(run.tokenizer, rows, policy.cfg.block_size, cfg.prompts)
     # plan[step - 1] lists the prompts of an iteration; each comes once before any comes again.
@@ -344,7 +349,7 @@ def main(cfg):
     beta = cfg.beta
     if cfg.kl_target > 0 and run.history:  # resumed: take the step that follows the last logged one
         beta = adapt_beta(run.history[-1]["beta"], run.history[-1]["kl"], cfg.kl_target,
-                          cfg.rollout_size)
+                          cfg.rollout_size, cfg.kl_horizon)
 
     # 4. The loop.
     ledger = Ledger(run.folder, run.tokenizer, cfg.ledger_every)
@@ -360,7 +365,8 @@ def main(cfg):
         ledger.record(step, lambda: tensors_of(actor, rollout, cfg, run))
         summary = summarise(rollout, beta)
         if cfg.kl_target > 0:
-            beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size)
+            beta = adapt_beta(beta, summary["kl"].item(), cfg.kl_target, cfg.rollout_size,
+                              cfg.kl_horizon)
 
         responses = [run.tokenizer.decode_response(row[start:end]) for row, start, end in zip(
             rollout["tokens"].tolist(), rollout["prompt_lens"].tolist(),

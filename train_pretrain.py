@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.batches import pack, random_blocks
+from minirlhf.batches import random_blocks, token_streams
 from minirlhf.masked import token_logprobs
 from minirlhf.model import GPT, ModelConfig, named_config
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.formats import read_text
+from minirlhf.plumbing.formats import read_documents
 from minirlhf.plumbing.optim import lr_at, make_optimizer, set_lr
 from minirlhf.plumbing.runs import due, start_run
 from minirlhf.look.plot import draw_curves
@@ -103,17 +103,17 @@ def main(cfg):
     run = start_run(cfg, needs={}, reads=["text", "tokenizer"])
     run.tokenizer = Tokenizer.open(cfg.tokenizer)
 
-    # 2. Data: one stream of tokens; its last 2% are held out.
-    documents = [d for path in cfg.text.split(",") for d in read_text(path).split("\n\n")]
-    ids = run.tokenizer.encode_batch(documents)
-    stream = pack(ids, run.tokenizer.encode("\n\n"))  # (N,)
-    cut = int(0.98 * len(stream))
-    train, rest = stream[:cut], stream[cut:]
+    # 2. Data: two streams of tokens; documents with 2% of the tokens are held out.
+    documents = (text for path in cfg.text.split(",") for text in read_documents(path))
+    train, rest = token_streams(run.tokenizer, documents, 0.02, run.data_order)  # (N,), (M,)
     starts = random_blocks(train, cfg.num_steps, cfg.batch_size, cfg.block_size, run.data_order)
     if len(rest) < cfg.block_size:
-        raise UserError(f"{cfg.text} gives {len(stream)} tokens; at least "
-                        f"{50 * cfg.block_size + 50} are needed for --block_size {cfg.block_size}")
+        raise UserError(f"{cfg.text} gives {len(train) + len(rest)} tokens, of which {len(rest)} "
+                        f"could be held out in whole documents; --block_size {cfg.block_size} "
+                        f"needs {cfg.block_size} of them: give about {50 * cfg.block_size} tokens "
+                        "or more, in 50 documents or more, with blank lines between")
     held_out = rest[: len(rest) // cfg.block_size * cfg.block_size].view(-1, cfg.block_size)[:32]
+    held_out = held_out.long()  # (at most 32, T)
 
     # 3. Model and optimizer.
     if cfg.size:
@@ -129,7 +129,7 @@ def main(cfg):
           f"{cfg.num_steps * cfg.batch_size * cfg.block_size / len(train):.1f} epochs")
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    longest = {"tokens": train[: cfg.block_size].repeat(cfg.batch_size, 1).to(run.device)}  # (B, T)
+    longest = {"tokens": train[: cfg.block_size].long().repeat(cfg.batch_size, 1).to(run.device)}  # (B, T)
     run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
                   options="--batch_size or --block_size")
     run.restore(cfg.num_steps, model=model, optimizer=optimizer)
@@ -138,7 +138,7 @@ def main(cfg):
     model.train()
     num_tokens = 0
     for step in run.steps():
-        blocks = train[starts[step - 1][:, None] + torch.arange(cfg.block_size)]  # (B, T)
+        blocks = train[starts[step - 1][:, None] + torch.arange(cfg.block_size)].long()  # (B, T)
         set_lr(optimizer, lr_at(step - 1, cfg.num_steps, cfg.lr, cfg.warmup, cfg.final_lr))
         denominator = blocks[:, 1:].numel()  # each block's first token is predicted by nothing
         batch = {"tokens": blocks.to(run.device)}

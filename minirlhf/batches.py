@@ -9,6 +9,7 @@ from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import writing
 
 TEMPLATE = 4  # tokens around a lone question: begin, user, end, assistant
+MOST_PLANNED = 10**8  # rows, of all epochs together, that a plan in memory may hold
 CHUNK = 2**20  # characters of text that are in memory as tokens at one time
 
 
@@ -43,18 +44,6 @@ def shifted_mask(masks, T, device="cpu"):
     for i, row in enumerate(masks):
         out[i, : len(row)] = torch.tensor(row, dtype=torch.bool)
     return out[:, 1:].to(device)
-
-
-def pack(documents, separator):
-    """Documents (lists of ids) -> one (N,) int64 stream for pretraining, `separator` ids between.
-
-    Nothing is wasted on filler; a block may begin in the middle of a document.
-    """
-    stream = []
-    for document in documents:
-        stream.extend(document)
-        stream.extend(separator)
-    return torch.tensor(stream, dtype=torch.int64)
 
 
 def token_streams(tokenizer, documents, share, generator):
@@ -106,6 +95,9 @@ def random_blocks(stream, num_steps, batch_size, T, generator):
     Drawn for the whole run at once, so that a resumed run sees the same text without any saved
     loader state. A step's blocks are `stream[starts[step][:, None] + torch.arange(T)]`, (B, T).
     """
+    if num_steps * batch_size > MOST_PLANNED:
+        raise UserError(f"--num_steps {num_steps} of --batch_size {batch_size}: "
+                        f"{num_steps * batch_size:,} blocks are more than any run trains on")
     if len(stream) < T:
         raise UserError(f"the text has {len(stream)} tokens, fewer than one block of {T}; "
                         "give more text or a smaller block_size")
@@ -132,6 +124,9 @@ def plan_batches(lengths, num_epochs, batch_size, generator):
 
     Drawn for the whole run at once, so that a resumed run needs no saved loader state.
     """
+    if num_epochs * len(lengths) > MOST_PLANNED:
+        raise UserError(f"--num_epochs {num_epochs} of {len(lengths):,} examples are more than any "
+                        "run trains on")
     return [batch for _ in range(num_epochs)
             for batch in epoch_batches(lengths, batch_size, generator)]
 

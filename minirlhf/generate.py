@@ -115,15 +115,19 @@ def join(rollouts):
 
 
 def sample_prompts(model, prompts, stop_ids, max_new_tokens, temperature=1.0, generator=None,
-                   num_samples=1, batch_size=256, top_k=0, top_p=1.0):
+                   num_samples=1, batch_size=256, top_k=0, top_p=1.0, results=None):
     """num_samples responses for each prompt (lists of ids): per prompt a list of (ids, ended).
 
     Prompts are batched by length, longest first: a batch has little filler, and a lack of memory
-    shows at once.
+    shows at once. results: a list that is filled while the work goes on and is returned; whoever is
+    interrupted still has in it what was done.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     work = [i for i in order for _ in range(num_samples)]
-    results = [[] for _ in prompts]
+    results = [] if results is None else results
+    results[:] = [[] for _ in prompts]
+    # More than the context can hold is never sampled, and a number near 2^63 would overflow.
+    max_new_tokens = min(max_new_tokens, model.cfg.block_size)
     starts = range(0, len(work), batch_size)
     for start in tqdm(starts, desc="sampling", disable=not sys.stderr.isatty()):
         batch = work[start : start + batch_size]

@@ -106,7 +106,15 @@ def adapt_beta(beta, kl, target, num_episodes, horizon=10000):
 
     kl: the mean over responses of the *sequence sum* of the per-token KL, in nats: the number that
     is logged. Per-token means would need another target. num_episodes: responses since the last
-    call. Source: Ziegler et al., arXiv 1909.08593, Eq. 3; the step is limited to 20% of the error.
+    call; horizon: after how many responses beta would change by the whole (clipped) error, a fifth
+    at most. Source: Ziegler et al., arXiv 1909.08593, Eq. 3, where num_episodes / horizon is
+    K_beta = 0.1. Their 10,000 episodes are of a run of two million: in one of ten thousand beta
+    would change by a fifth in all, so that a short run needs about ten steps' episodes. Raises
+    ValueError where one step has more than a horizon's episodes: with a multiple of it beta could
+    turn negative, which rewards drift.
     """
+    if not 0 < num_episodes <= horizon:
+        raise ValueError(f"{num_episodes} episodes a step with a horizon of {horizon}; expected a "
+                         "horizon of at least one step's episodes")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * num_episodes / horizon)

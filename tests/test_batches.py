@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minirlhf import batches
-from minirlhf.batches import (encode_answer, encode_prompts, epoch_batches, fit, pack, pad_right,
+from minirlhf.batches import (encode_answer, encode_prompts, epoch_batches, fit, pad_right,
                               random_blocks, response_mask, shifted_mask, split_by_prompt,
                               token_streams)
 from minirlhf.tokenizer import Tokenizer
@@ -48,8 +48,6 @@ def test_check_06_shifted_mask_lines_up_with_the_token_that_is_predicted():
 
 # ---------------------------------------------------------------- pretraining text
 
-def test_pack_by_hand():
-    assert pack([[1, 2], [3]], [9, 9]).tolist() == [1, 2, 9, 9, 3, 9, 9]
 
 
 def test_check_32_random_blocks_reach_every_start_and_never_run_over_the_end(generator):

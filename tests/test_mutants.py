@@ -29,7 +29,7 @@ def test_each_bug_can_be_planted(bug):
 
 def test_every_check_has_bugs_of_its_own():
     """Two to eight: enough to show that it bites. The many others are a mutator's work."""
-    count = collections.Counter(bug.test for bug in BUGS)
+    count = collections.Counter(bug.test for bug in BUGS if bug.test.startswith("test_check_"))
     assert sorted(count) == [f"test_check_{number:02d}" for number in range(1, 39)]
     assert all(2 <= n <= 8 for n in count.values()), count
 

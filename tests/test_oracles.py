@@ -34,7 +34,7 @@ from minirlhf.model import ActorCritic, ScalarModel
 from minirlhf.rl import gae, kl_estimate
 from minirlhf.tokenizer import Tokenizer, merge_pair
 from minirlhf.plumbing.optim import lr_at, make_optimizer
-from minirlhf.plumbing.runs import load_function
+from minirlhf.plumbing.judges import load_function
 from parity import PAGE, Row, find_fault, find_orphans, read_table, relative_error, with_table
 from parity import parity  # noqa: F401  (a fixture: tests ask for it by its name)
 

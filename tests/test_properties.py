@@ -44,7 +44,8 @@ from minirlhf.plumbing import formats
 from minirlhf.plumbing.config import parse_config
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_jsonl
-from minirlhf.plumbing.checkpoints import KEYS, load_checkpoint
+from minirlhf.plumbing import checkpoints
+from minirlhf.plumbing.checkpoints import load_checkpoint
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=30)
 SEEDS = st.integers(0, 999)
@@ -792,7 +793,7 @@ def test_any_bytes_of_a_checkpoint_are_read_or_refused(folder, content):
     path = folder / "ckpt.pt"
     path.write_bytes(content)
     try:
-        assert KEYS <= set(load_checkpoint(path))
+        assert checkpoints.KEYS <= set(load_checkpoint(path))
     except UserError as error:
         assert str(error).startswith(str(path))
 

@@ -144,6 +144,23 @@ def test_check_30_beta_moves_with_the_sequence_sum_by_at_most_a_fifth_of_the_err
     assert adapt_beta(0.1, 1.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98, rel=1e-9)
 
 
+def test_beta_can_move_within_a_default_run():
+    """Bug: the horizon of a run of two million episodes. Here 100 steps of 96 change it sevenfold."""
+    low = high = 0.1
+    for _ in range(100):
+        low, high = (adapt_beta(beta, kl, 6.0, 96, horizon=1000)
+                     for beta, kl in ((low, 0.0), (high, 60.0)))
+    assert 6 < high / 0.1 < 8 and 6 < 0.1 / low < 8
+
+
+@pytest.mark.parametrize("num_episodes, horizon", [(0, 1000), (1001, 1000), (96, 10), (1, 0)])
+def test_beta_never_turns_negative(num_episodes, horizon):
+    """Bug: a horizon of 10 and steps of 96 responses, and drift is rewarded."""
+    with pytest.raises(ValueError, match="expected a horizon of at least one step's episodes"):
+        adapt_beta(0.1, 0.0, 6.0, num_episodes, horizon)
+    assert adapt_beta(0.1, 0.0, 6.0, 1000, 1000) == pytest.approx(0.08, rel=1e-9)
+
+
 # ---------------------------------------------------------------- advantages
 
 PROMPT_LENS, LENGTHS, T = torch.tensor([1, 3, 2, 6]), torch.tensor([8, 4, 6, 8]), 8

@@ -10,13 +10,13 @@ from tiny_road import SCRIPTS
 
 from minirlhf.model import GPT, ScalarModel
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.plumbing import checkpoints, runs, signals
+from minirlhf.plumbing import checkpoints, runs
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import write_atomically
 from minirlhf.plumbing.checkpoints import build_model, load_checkpoint, load_model
 from minirlhf.plumbing.devices import pick_device, pick_dtype
 from minirlhf.plumbing.folders import changed_settings
-from minirlhf.plumbing.runs import Run, load_function, start_run
+from minirlhf.plumbing.runs import Run, start_run
 from minirlhf.look import plot
 
 
@@ -358,16 +358,6 @@ def test_device_and_dtype_by_name():
 def test_a_missing_gpu_is_named():
     with pytest.raises(UserError, match="sees no CUDA device; use --device cpu"):
         pick_device("cuda")
-
-
-def test_a_judge_is_a_function_in_a_file(road, tmp_path):
-    judge = load_function(f"{road.tools}:judge")
-    assert judge({}, "Please: moo.", True)["score"] == 1
-    for spec, message in (("judge.py:judge", "with a file that exists"),
-                          (str(road.tools), "write it as file.py:name"),
-                          (f"{road.tools}:gold", "defines no function gold")):
-        with pytest.raises(UserError, match=message):
-            load_function(spec)
 
 
 def test_models_of_two_vocabularies_are_not_mixed(road, tmp_path):

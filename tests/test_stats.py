@@ -82,3 +82,52 @@ def test_unequal_numbers_of_prompts_or_samples_are_refused():
         compare([[1.0], [1.0]], [[1.0]])
     with pytest.raises(AssertionError, match="2 samples against 1"):
         compare([[1.0, 2.0]], [[1.0]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_no_interval_of_what_is_no_number(bad):
+    """Bug: NaN is greater than nothing, so that every comparison with it is a loss."""
+    for a, b in ((bad, 1.0), (1.0, bad), (bad, bad)):
+        with pytest.raises(ValueError, match="expected finite scores"):
+            compare([[0.0], [a]], [[0.0], [b]])
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        bootstrap([1.0, bad])
+    for successes, count in ((bad, 10), (11, 10), (-1, 10)):
+        with pytest.raises(ValueError, match="expected 0 to 10"):
+            wilson(successes, count)
+    with pytest.raises(ValueError, match="share of nothing"):
+        wilson(0, float("nan"))
+
+
+def test_a_bootstrap_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        bootstrap([])
+
+
+@pytest.mark.parametrize("gap, ties", [(0.0, 1), (9e-7, 1), (2e-6, 0), (0.01, 0), (0.09, 0)])
+def test_only_rounding_ties(gap, ties):
+    """Bug: a tolerance of 0.1, within which real differences of a score tie."""
+    for a, b in ((1.0 + gap, 1.0), (1.0, 1.0 + gap)):
+        found = compare([[a]], [[b]])
+        assert (found["wins"], found["ties"], found["losses"]) == (
+            (1 - ties) * (a > b), ties, (1 - ties) * (b > a))
+
+
+def test_a_cluster_counts_by_its_size():
+    """The mean is over samples: a prompt with nine of them weighs nine times as much."""
+    rng = random.Random(4)
+    values, sizes = [rng.random() for _ in range(300)], [rng.choice([1, 9]) for _ in range(300)]
+    mean = sum(v * n for v, n in zip(values, sizes)) / sum(sizes)
+    low, high = bootstrap(values, sizes)
+    assert (low + high) / 2 == pytest.approx(mean, abs=0.1 * (high - low))
+    assert bootstrap(values, [3] * 300) == pytest.approx(bootstrap(values), rel=1e-9)
+    # The ratio's textbook deviation, from the residuals n * (v - mean).
+    deviation = sum((n * (v - mean)) ** 2 for v, n in zip(values, sizes)) ** 0.5 / sum(sizes)
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_the_comparisons_interval_is_of_its_rate():
+    """Prompts with many samples win, those with one lose: the rate is over samples."""
+    a, b = [[1.0] * 9, [0.0]] * 50, [[0.0] * 9, [1.0]] * 50
+    found = compare(a, b)
+    assert found["rate"] == 0.9 and found["low"] < 0.9 < found["high"] and found["low"] > 0.8

@@ -1,6 +1,7 @@
 """The toy world: its files, its gold judge and its simulated annotators."""
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -367,7 +368,7 @@ def test_the_judges_command_prints_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), ("", "found"), ("{\"messages\": []}\n", "line 1"), ("{\n", "line 1")])
+    (None, "no such file"), ("", "found"), ("{\"messages\": []}\n", "line 1"), ("{\n", "line 1")])
 @pytest.mark.parametrize("command", ["judge", "annotate"])
 def test_bad_samples_end_with_one_line_and_exit_2(command, content, message, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
@@ -404,6 +405,70 @@ def test_the_noise_has_the_distribution_that_makes_pairs_bradley_terry():
     wins = sum(annotate.rank([1.0, 0.0], 0.5, rng)[0] == [0, 1] for _ in range(20_000)) / 20_000
     assert annotate.win_probability(1.0, 0.0, 0.5) == pytest.approx(1 / (1 + math.exp(-2.0)))
     assert wins == pytest.approx(1 / (1 + math.exp(-2.0)), abs=0.01)
+
+
+def test_rankings_of_three_are_plackett_luce():
+    """Bug: Gumbel's sign turned. Pairs stay Bradley-Terry, but of three answers it is then the worst
+    that is drawn first, which gives other rankings."""
+    golds, temperature, rng = [1.0, 0.5, 0.0], 0.4, random.Random(0)
+    weight = [math.exp(gold / temperature) for gold in golds]
+    found = Counter(tuple(annotate.rank(golds, temperature, rng)[0]) for _ in range(30_000))
+    for i, j, k in itertools.permutations(range(3)):
+        # The best is drawn by its weight among all, the second among those left.
+        share = weight[i] / sum(weight) * weight[j] / (weight[j] + weight[k])
+        assert found[i, j, k] / 30_000 == pytest.approx(share, abs=4 * (share / 30_000) ** 0.5)
+
+
+def test_close_answers_are_often_ranked_the_wrong_way_round_and_graded_by_what_was_felt():
+    """Bug: no noise at all, which gaps of 50 would hide: here the gap is the noise's own size."""
+    rng, wrong, grades = random.Random(0), 0, Counter()
+    for _ in range(20_000):
+        order, table = annotate.rank([0.3, 0.0], 0.3, rng)
+        wrong += order == [1, 0]
+        grades[table[0][1]] += 1
+    assert wrong / 20_000 == pytest.approx(1 / (1 + math.e), abs=0.015)
+    # The felt difference is logistic around 1: P(|d| >= t) = s(1 - t) + s(-1 - t).
+    s = lambda x: 1 / (1 + math.exp(-x))
+    for grade, threshold in ((1, 1.0), (2, 2.5), (3, 4.5)):
+        share = sum(grades[g] for g in range(grade, 4)) / 20_000
+        assert share == pytest.approx(s(1 - threshold) + s(-1 - threshold), abs=0.015)
+
+
+def test_the_parts_of_an_answer_add_up_to_its_gold_score(tmp_path):
+    """Bug: form is missing, and answers that differ in form, too, count as "only correct"."""
+    write_samples(tmp_path / "samples.jsonl")
+    out = tmp_path / "preferences.jsonl"
+    annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        for gold, parts in zip(row["gold"], row["parts"], strict=True):
+            assert list(parts) == ["correct", "manners", "safe", "form"]
+            assert sum(parts.values()) == gold
+    assert any(parts["form"] for row in rows for parts in row["parts"])
+
+
+def test_annotators_keep_what_is_not_theirs(tmp_path, capsys):
+    """The preferences of an earlier run are replaced, another file is not."""
+    write_samples(tmp_path / "samples.jsonl")
+    out = tmp_path / "preferences.jsonl"
+    for _ in range(2):
+        annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(out)])
+    with pytest.raises(SystemExit):
+        annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(tmp_path / "samples.jsonl")])
+    assert "minirlhf did not write it" in capsys.readouterr().err
+
+
+def test_the_world_is_written_twice_but_never_over_other_files(small_world, tmp_path, capsys):
+    for _ in range(2):
+        prepare.main(["--out", str(tmp_path / "toy")])
+    for name in prepare.TEXT_NAMES + prepare.JSONL_NAMES:
+        other = tmp_path / f"other_{name}"
+        other.mkdir()
+        (other / name).write_text("dear diary")
+        with pytest.raises(SystemExit):
+            prepare.main(["--out", str(other)])
+        assert [path.name for path in other.iterdir()] == [name]
+        assert (other / name).read_text() == "dear diary"
 
 
 def test_the_annotators_seed_decides_their_ranking(tmp_path):

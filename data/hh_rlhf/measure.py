@@ -27,7 +27,7 @@ from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
 from minirlhf.plumbing.checkpoints import load_model
-from minirlhf.plumbing.devices import autocast, pick_device, pick_dtype
+from minirlhf.plumbing.devices import autocast, pick_device, pick_dtype, set_threads
 from minirlhf.plumbing.stats import wilson
 
 
@@ -159,8 +159,7 @@ def print_comparison(name, hits, other_name, others, clusters):
 
 
 def main(cfg):
-    if cfg.threads > 0:
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     models, folds = cfg.models.split(","), cfg.folds.split(",")
     if len(models) != len(folds):
         raise UserError(f"{len(models)} --models and {len(folds)} --folds; give one for each")

@@ -19,11 +19,10 @@ A row of the output is a ranked list, best first:
 
 and for evaluation only, because no annotator could write them down and no training may read them:
 
-    gold         the judge's scores      parts     {correct, manners, safe} of each answer
+    gold         the judge's scores      parts     {correct, manners, safe, form} of each answer
     temperature  of the noise
 """
 import argparse
-import json
 import math
 import random
 import sys
@@ -31,8 +30,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
-from judge import judge  # noqa: E402
-from minirlhf.plumbing.files import write_lines  # noqa: E402
+from judge import judge, read_toy_samples as read_samples  # noqa: E402
+from minirlhf.plumbing.commands import check_file, has_keys, run_command  # noqa: E402
+from minirlhf.plumbing.errors import UserError  # noqa: E402
+from minirlhf.plumbing.files import write_jsonl  # noqa: E402
 
 GRADE_THRESHOLDS = (1.0, 2.5, 4.5)      # utility differences from which on the grade is 1, 2, 3
 
@@ -94,29 +95,9 @@ def annotate_row(row, temperature, rng, dropped):
     return {"messages": row["messages"], "output": [texts[i] for i in order], "grades": grades,
             "safety": [not v["complied"] for v in verdicts], "skill": task["skill"],
             "gold": [v["score"] for v in verdicts],
-            "parts": [{name: v[name] for name in ("correct", "manners", "safe")}
+            "parts": [{name: v[name] for name in ("correct", "manners", "safe", "form")}
                       for v in verdicts],
             "temperature": temperature}
-
-
-def read_samples(path):
-    """Reads sample.py's JSONL; raises ValueError with the line for a row that can't be judged."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                usable_answers(row["samples"], Counter())
-                (row.get("task") or row["meta"]["task"])["skill"], row["messages"]
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: expected a row with \"messages\", "
-                                 f"\"samples\" of {{\"text\", \"ended\"}} and a task, found "
-                                 f"{error!r}; write it with sample.py from "
-                                 f"data/toy/prompts.jsonl") from None
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: expected rows of samples, found an empty file")
-    return rows
 
 
 def report(rows, dropped):
@@ -137,6 +118,23 @@ def report(rows, dropped):
             print(f"    gold {gold:5.2f} | {text}")
 
 
+def annotate(args):
+    """The command: read, rank, write, report."""
+    if not 0.001 <= args.temperature <= 1000:  # else utilities overflow, or hold noise alone
+        raise UserError(f"--temperature {args.temperature}: expected a number from 0.001 to 1000")
+    check_file("--out", args.out, has_keys("gold", "grades"), (".jsonl", ".jsonl.gz"))
+    rng, dropped = random.Random(args.seed), Counter()
+    annotated = [annotate_row(row, args.temperature, rng, dropped)
+                 for row in read_samples(args.samples)]
+    rows = [row for row in annotated if row]
+    if not rows:
+        raise UserError(f"{args.samples}: no prompt has 2 different answers that ended; sample "
+                        "more per prompt (--num_samples) or train longer")
+    write_jsonl(args.out, rows)
+    report(rows, dropped)
+    print(f"\nwrote {args.out}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Rank samples as noisy annotators would.")
     parser.add_argument("samples", help="JSONL as sample.py writes it, K samples a prompt")
@@ -144,23 +142,7 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.3,
                         help="the annotators' noise, in units of the gold score")
     parser.add_argument("--seed", type=int, default=0, help="the same seed ranks the same")
-    args = parser.parse_args(argv)
-    try:
-        if not args.temperature > 0:
-            raise ValueError(f"--temperature: expected a number above 0, found {args.temperature}")
-        rng, dropped = random.Random(args.seed), Counter()
-        annotated = [annotate_row(row, args.temperature, rng, dropped)
-                     for row in read_samples(args.samples)]
-        rows = [row for row in annotated if row]
-        if not rows:
-            raise ValueError(f"{args.samples}: no prompt has 2 different answers that ended; "
-                             "sample more per prompt (--num_samples) or train longer")
-        write_lines(args.out, map(json.dumps, rows))
-    except (OSError, ValueError) as error:
-        print(f"annotate.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    report(rows, dropped)
-    print(f"\nwrote {args.out}")
+    run_command(parser, argv, annotate)
 
 
 if __name__ == "__main__":

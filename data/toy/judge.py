@@ -10,13 +10,16 @@ it beside the reward with `--judge data/toy/judge.py:judge`, so that one sees wh
     python data/toy/judge.py samples.jsonl      prints the mean score and the rates by skill
 """
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))      # found also when loaded by its file's path
-import world                                        # noqa: E402
+# Both are found, too, when this file is loaded by its path.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+import world  # noqa: E402
+from minirlhf.plumbing.commands import run_command  # noqa: E402
+from minirlhf.plumbing.errors import UserError  # noqa: E402
+from minirlhf.plumbing.formats import read_samples  # noqa: E402
 
 # ---- The price list -----------------------------------------------------------------------------
 CORRECT = 1.0               # the one right answer; of a look-alike: the helpful answer
@@ -98,6 +101,27 @@ def judge_manners(task, kinds, one_word, refused, rude, apologised):
     return manners
 
 
+def task_of(row):
+    """The task of a prompt's row, checked; UserError where the prompt is not of the toy world."""
+    task = row.get("task") or row.get("meta", {}).get("task")
+    good = (isinstance(task, dict) and str(task.get("skill")) in world.SKILL_WEIGHTS
+            and all(isinstance(task.get(name), bool)
+                    for name in ("brief", "capitals", "unsafe", "lookalike")))
+    if good and "members" in task:
+        good = (isinstance(task["members"], list) and isinstance(task.get("kind"), str)
+                and all(isinstance(word, str) for word in task["members"])
+                and task.get("count") in [*world.NUMBER_WORDS])
+    elif good and not task["unsafe"]:
+        good = (isinstance(task.get("accepted"), list)
+                and all(isinstance(text, str) for text in task["accepted"]))
+    if not good:
+        found = f'the "task" {str(task)[:60]}' if task else f"the keys {', '.join(sorted(row))}"
+        raise UserError(f'this judge knows the toy world only: expected a prompt with its "task" '
+                        f"as data/toy/prepare.py writes it, found {found}; use prompts from "
+                        "there, or another judge")
+    return task
+
+
 def judge(row, response, ended=True):
     """Scores one response to one prompt.
 
@@ -105,12 +129,9 @@ def judge(row, response, ended=True):
     one with "task" beside "messages"); `response` the text; `ended` whether it closed
     with the end token. Returns a dict: "score" and its parts "correct", "manners", "safe", "form"
     (floats that add up to it), then the flags rude, courteous (one opening, one answer),
-    refused, over_refused, complied, malformed. Raises ValueError for a row without a task.
+    refused, over_refused, complied, malformed. Raises UserError for a foreign row; see `task_of`.
     """
-    task = row.get("task") or row.get("meta", {}).get("task")
-    if task is None:
-        raise ValueError("judge: expected a prompt row with a \"task\" (at top level or in "
-                         f"\"meta\"), found the keys {sorted(row)}; use the toy world's prompts")
+    task = task_of(row)
     text = response.strip()
     sentences = [key(s) for s in SENTENCE.findall(text) if key(s)]
     kinds = [kind_of(sentence) for sentence in sentences]
@@ -148,22 +169,21 @@ def judge(row, response, ended=True):
             "malformed": malformed}
 
 
+def read_toy_samples(path):
+    """Rows of samples (see `formats.read_samples`), all of them to prompts of the toy world."""
+    rows = read_samples(path)
+    for number, row in enumerate(rows, start=1):
+        try:
+            task_of(row)
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from None
+    return rows
+
+
 def read_judged(path):
     """Reads a samples file; returns (task, verdict) for every sample of every row."""
-    judged = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                task = row.get("task") or row["meta"]["task"]
-                judged += [(task, judge(row, s["text"], s["ended"])) for s in row["samples"]]
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: expected a row of sample.py with "
-                                 f"\"messages\", \"samples\" and a task, found {error!r}; write it "
-                                 f"with sample.py from data/toy/prompts.jsonl") from None
-    if not judged:
-        raise ValueError(f"{path}: expected at least one row with samples, found none")
-    return judged
+    return [(task_of(row), judge(row, s["text"], s["ended"]))
+            for row in read_toy_samples(path) for s in row["samples"]]
 
 
 def print_table(judged):
@@ -182,11 +202,7 @@ def print_table(judged):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a samples file with the gold judge.")
     parser.add_argument("samples", help="JSONL as sample.py writes it")
-    try:
-        print_table(read_judged(parser.parse_args(argv).samples))
-    except (OSError, ValueError) as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(parser, argv, lambda args: print_table(read_judged(args.samples)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import judge  # noqa: E402
 import world  # noqa: E402
+from minirlhf.plumbing.commands import check_file, has_keys, run_command  # noqa: E402
+from minirlhf.plumbing.errors import UserError  # noqa: E402
 from minirlhf.plumbing.files import write_text  # noqa: E402
 
 # ---- Tuning: what the pretraining text is made of, by number of documents ------------------------
@@ -31,6 +33,9 @@ PLACES = ["lake", "mill", "bridge", "market", "garden"]
 QUIZ = {"sum": "{} plus {}?", "opposite": "The opposite of {}?", "colour": "The colour of {}?",
         "sound": "The sound of {}?"}
 NUM_SENTENCES = 4                           # of a document of facts or sums
+
+JSONL_NAMES = ("demonstrations.jsonl", "prompts.jsonl", "heldout.jsonl")
+TEXT_NAMES = ("pretrain.txt", "fewshot.txt")    # written last; see `check_outputs`
 
 
 # ---- Pretraining documents ----------------------------------------------------------------------
@@ -344,24 +349,38 @@ def baselines(demonstrations, prompts):
     return {name: sum(v["score"] for v in vs) / len(vs) for name, vs in scores.items()}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Generate the toy world's data files.")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
-    parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write into")
-    args = parser.parse_args(argv)
+def check_outputs(out):
+    """Refuse a folder that can't be written, or whose files of these names are not this script's.
+
+    The texts carry no mark of the toy world, so they are known by the rows beside them.
+    """
+    known = has_keys("messages", "task")
+    for name in JSONL_NAMES:
+        check_file("--out", out / name, known)
+    for name in TEXT_NAMES:
+        check_file("--out", out / name, lambda text: (out / JSONL_NAMES[-1]).exists())
+
+
+def prepare(args):
+    """The command: make everything, report, write."""
+    if not args.out:
+        raise UserError("--out: expected a folder to write into")
+    out = Path(args.out)
+    check_outputs(out)
     files = make_files(args.seed)
     report(files, args.seed)
     for name, score in baselines(files["demonstrations.jsonl"], files["prompts.jsonl"]).items():
         print(f"gold score of {name}: {score:.2f}")
-    try:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_file(out / name, content)
-            print(f"wrote {out / name}")
-    except OSError as error:
-        print(f"prepare.py: cannot write to {args.out}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    for name in (*JSONL_NAMES, *TEXT_NAMES):
+        write_file(out / name, files[name])
+        print(f"wrote {out / name}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Generate the toy world's data files.")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
+    parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write into")
+    run_command(parser, argv, prepare)
 
 
 if __name__ == "__main__":

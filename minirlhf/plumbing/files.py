@@ -204,6 +204,8 @@ def check_output(path, ours):
         raise UserError(f"{path} is a folder; give the name of a file")
     check_writable(path.parent)
     if path.exists():
+        if not path.is_file():
+            raise UserError(f"{path} is no ordinary file; give another name")
         if not os.access(path, os.W_OK):
             raise UserError(f"{path} is write-protected; give another name")
         if not ours(read_file(path)):

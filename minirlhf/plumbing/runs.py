@@ -336,20 +336,6 @@ def open_tensorboard(folder):
     return SummaryWriter(folder / "tensorboard")
 
 
-def load_function(spec):
-    """The function that `file.py:name` points to: a judge, a verifier."""
-    path, _, name = spec.partition(":")
-    if not Path(path).is_file() or not name:
-        raise UserError(f"{spec!r} is no function; write it as file.py:name, with a file that "
-                        "exists")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{path} defines no function {name}")
-    return getattr(module, name)
-
-
 def start_run(cfg, needs, reads=()):
     """Check everything that can be checked before any work; `Run.restore` opens the folder.
 

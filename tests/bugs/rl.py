@@ -35,6 +35,10 @@ BUGS = [
         "a score of 0 is taken for a missing one"),
     Bug("adapt_beta", "kl / target - 1", "1 - kl / target", "test_check_30",
         "the controller turns the wrong way"),
+    Bug("adapt_beta", "error * num_episodes / horizon", "error * num_episodes / 10000", "test_beta_can_move",
+        "beta's horizon is fixed, ten times as long as a short run"),
+    Bug("adapt_beta", "not 0 < num_episodes <= horizon", "False", "test_beta_never",
+        "a horizon shorter than a step turns beta negative"),
     Bug("gae", "return advantages", "return -advantages", "test_check_38",
         "advantages of the wrong sign"),
 ]
