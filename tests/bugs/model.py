@@ -14,4 +14,12 @@ BUGS = [
         "test_check_12", "the score is read in the last column"),
     Bug("ScalarModel.__init__", "zeros_(self.head.weight)", "normal_(self.head.weight, std=0.02)",
         "test_check_34", "the reward model's head starts with random opinions"),
+    Bug("Trunk.forward", "torch.arange(T, device=idx.device)", "torch.arange(T)",
+        "test_pretraining_on_a_gpu", "positions are left on the CPU"),
+    Bug("rope_angles", "device=positions.device, ", "", "test_pretraining_on_a_gpu",
+        "rotary frequencies are left on the CPU"),
+    Bug("Attention.forward", "dtype=torch.bool, device=x.device", "dtype=torch.bool",
+        "test_pretraining_on_a_gpu", "the written-out causal mask is left on the CPU"),
+    Bug("Attention.forward", "torch.arange(length, device=x.device)", "torch.arange(length)",
+        "test_sampling_on_a_gpu", "the mask of decoding is left on the CPU"),
 ]

@@ -29,4 +29,6 @@ BUGS = [
         "identical pairs stay in the data"),
     Bug("loss_of", 'batch["ref_chosen_logps"]', "chosen_logps.detach()", "test_check_33",
         "the stored reference of the chosen answer is not read"),
+    Bug("make_batch", ",\n                                                 device=device)", ")",
+        "test_a_stage_on_a_gpu", "the stored reference log-probs are left on the CPU"),
 ]

@@ -93,4 +93,7 @@ BUGS = [
     Bug("ppo_update", "run.scaler.step(optimizer)",
         "optimizer.zero_grad(set_to_none=True)\n            run.scaler.step(optimizer)",
         "test_check_38", "gradients are cleared before the step"),
+    Bug("main", "torch.zeros(B, T, dtype=torch.int64, device=run.device)",
+        "torch.zeros(B, T, dtype=torch.int64)", "test_ppo_on_a_gpu",
+        "the batch that tries out the memory is left on the CPU"),
 ]
