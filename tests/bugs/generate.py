@@ -15,4 +15,6 @@ BUGS = [
         "stop ids are left on the CPU"),
     Bug("generate", "pad_right(prompts, device)", "pad_right(prompts)", "test_sampling_on_a_gpu",
         "prompts are left on the CPU"),
+    Bug("pick", "logits.float() / temperature", "(logits / temperature).float()",
+        "test_bf16_logits", "sampling divides bf16 logits by the temperature"),
 ]

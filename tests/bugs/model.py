@@ -22,4 +22,12 @@ BUGS = [
         "test_pretraining_on_a_gpu", "the written-out causal mask is left on the CPU"),
     Bug("Attention.forward", "torch.arange(length, device=x.device)", "torch.arange(length)",
         "test_sampling_on_a_gpu", "the mask of decoding is left on the CPU"),
+    Bug("", "rope_theta: float = 10000.0", "rope_theta: float = 500000.0",
+        "test_what_is_not_asked_for", "a default moves: another base of the rotary angles"),
+    Bug("", "norm_eps: float = 1e-5", "norm_eps: float = 1e-3", "test_what_is_not_asked_for",
+        "a default moves: another eps of the norms"),
+    Bug("GPT.__init__", "nn.init.normal_(self.lm_head.weight, std=0.02)", "pass",
+        "test_an_untied_head", "an untied head is left as nn.Linear draws it"),
+    Bug("GPT.__init__", "std=0.02", "std=0.03", "test_an_untied_head",
+        "an untied head starts half as wide again"),
 ]

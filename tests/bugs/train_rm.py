@@ -24,4 +24,8 @@ BUGS = [
         "the answers' places in the tables are left on the CPU"),
     Bug("make_batch", "ranks.to(device)", "ranks", "test_a_stage_on_a_gpu",
         "ranks are left on the CPU"),
+    Bug("main", "lr_at(step - 1,", "lr_at((step - 1) * cfg.num_epochs,",
+        "test_check_38_each_step", "the reward model's schedule counts epochs, and climbs again"),
+    Bug("main", "due(step, cfg.save_every, num_steps)", "step % cfg.save_every == 0",
+        "test_the_last_steps_weights", "the reward model's last step is not saved"),
 ]
