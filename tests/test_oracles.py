@@ -35,6 +35,7 @@ from minirlhf.rl import gae, kl_estimate
 from minirlhf.tokenizer import Tokenizer, merge_pair
 from minirlhf.plumbing.optim import lr_at, make_optimizer
 from minirlhf.plumbing.runs import load_function
+import parity as parity_table
 from parity import PAGE, Row, find_fault, find_orphans, read_table, relative_error, with_table
 from parity import parity  # noqa: F401  (a fixture: tests ask for it by its name)
 
@@ -666,6 +667,24 @@ def test_a_table_that_is_stale_in_either_direction_is_found():
     other = row._replace(quantity="whitening")
     assert find_orphans("test_gae", [row._replace(error="1e-15")], [row, other]) == ["whitening"]
     assert find_orphans("test_other", [], [row, other]) == []
+
+
+@pytest.mark.parametrize("code, rows", [(0, 1), (0, 0), (1, 1)])
+def test_the_table_is_written_from_what_was_measured_here(code, rows, tmp_path, monkeypatch, capsys):
+    """Bug: tests that run in other processes, as pytest.ini has them, leave an empty table."""
+    page, old = tmp_path / "page.md", "Text.\n<!-- parity -->\nold\n<!-- /parity -->\n"
+    page.write_text(old)
+    row = Row("GAE", "series", "2e-15", "test_gae")
+
+    def fake(args, plugins):
+        assert args[args.index("-n") + 1] == "0"
+        plugins[0].rows.extend([row] * rows)
+        return code
+
+    monkeypatch.setattr(parity_table, "PAGE", page)
+    monkeypatch.setattr(pytest, "main", fake)
+    assert bool(parity_table.main(["--write"])) == bool(code or not rows)
+    assert page.read_text() == (with_table(old, [row]) if rows and not code else old)
 
 
 def test_every_row_of_the_page_belongs_to_a_test():
