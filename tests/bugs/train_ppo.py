@@ -116,4 +116,8 @@ BUGS = [
         "ten of 24 iterations at a rate below 0: the first gains are lost again"),
     Bug("main", "due(step, cfg.save_every, cfg.num_steps)", "step % cfg.save_every == 0",
         "test_the_last_steps_weights", "PPO's last step is not saved"),
+    Bug("estimate_advantages", " if cfg.whiten else advantages", "",
+        "test_two_steps_with_each_boolean", "an option that does nothing: PPO always whitens"),
+    Bug("reward_tokens", ", cfg.kl_kind)", ")", "test_two_steps_with_each_choice",
+        "an option that does nothing: the KL is always k1"),
 ]
