@@ -1250,7 +1250,7 @@ def test_check_38_ppo_raises_the_reward_and_what_people_want(road, tmp_path):
                        micro_batch_size=0, lr=1e-3, critic_lr=3e-3, stop_kl=0.0, dtype="float32",
                        judge=f"{road.tools}:judge")
     last = {name: sum(row[name] for row in history[-6:]) / 6 for name in history[0]}
-    assert history[0]["kl"] == 0 and abs(history[0]["score"]) < 0.5
+    assert history[0]["kl"] == 0 and -0.8 < history[0]["score"] < 0.4
     assert last["score"] > 0.5 and last["reward"] > 0.4
     assert last["gold"] > sum(before) / len(before) + 0.4
     assert 0.5 < last["kl"] < 2.5
