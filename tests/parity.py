@@ -3,8 +3,10 @@
     python tests/parity.py            measure: run tests/test_oracles.py and print the table
     python tests/parity.py --write    and put it into docs/tests.md
 
-The table cannot drift from the tests. A test fails where it measures a number that has no row, or
-one that has grown past its row, and where the page has a row of it that it no longer measures.
+The table cannot drift from the tests. A test fails where it measures a number that has no row, or a
+row that states more than the test allows, and where the page has a row of it that it no longer
+measures. The error itself is held to the test's tolerance, not to the page: the last digits are
+another machine's as soon as its matrix products add up in another order.
 """
 
 import argparse
@@ -60,14 +62,14 @@ def with_table(text, rows):
     return before + BEGIN + table_of(rows) + "\n" + END + rest.split(END)[1]
 
 
-def find_fault(row, error, table):
-    """What is wrong with the table, where a test has measured `row` with this error; else None."""
+def find_fault(row, tolerance, table):
+    """What is wrong with the table, where a test has measured `row`, allowing this; else None."""
     same = [r for r in table if r._replace(error="") == row._replace(error="")]
     if len(same) != 1:
         return f"docs/tests.md has {len(same)} rows {row.quantity!r}, {row.oracle!r}, {row.test}"
-    stated = float(same[0].error.split()[0])
-    if not error <= 10 * stated + 1e-15:  # another machine rounds a little differently
-        return f"docs/tests.md states an error of {same[0].error} for {row.quantity!r}: {error:.1e}"
+    if not float(same[0].error.split()[0]) <= tolerance:
+        return (f"docs/tests.md states an error of {same[0].error} for {row.quantity!r}, more than "
+                f"the test allows: {tolerance:.0e}")
     return None
 
 
@@ -101,7 +103,7 @@ def parity(request):
             pytest.fail(f"{quantity}: the error is {error:.1e}, allowed is {tolerance:.0e}")
         row = Row(quantity, oracle, shown, test)
         measured.append(row)
-        fault = None if recording is not None else find_fault(row, error, table)
+        fault = None if recording is not None else find_fault(row, tolerance, table)
         if fault:
             pytest.fail(f"{fault}; {REWRITE}")
 
@@ -129,10 +131,12 @@ def main(argv=None):
     parser.add_argument("--write", action="store_true", help="put it into docs/tests.md")
     args = parser.parse_args(argv)
     recorder = Recorder()
-    # Whether the page's rows are right is not asked while they are measured anew.
-    code = pytest.main([str(TESTS), "-q", "-k", "not every_row_of_the_page"], plugins=[recorder])
-    if code:
-        return code  # a table of failing tests would state what does not hold
+    # Whether the page's rows are right is not asked while they are measured anew. In this process
+    # (-n 0): in another one the recorder would not be.
+    code = pytest.main([str(TESTS), "-q", "-n", "0", "-k", "not every_row_of_the_page"],
+                       plugins=[recorder])
+    if code or not recorder.rows:
+        return code or 1  # a table of failing tests would state what does not hold
     if args.write:
         PAGE.write_text(with_table(PAGE.read_text(), recorder.rows))
     print(table_of(recorder.rows))

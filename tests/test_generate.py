@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FLAVOURS, awake_gpt, close
 
+from minirlhf import generate as sampling
 from minirlhf.generate import filter_logits, generate, pick, sample_prompts
 from minirlhf.masked import token_logprobs
 from minirlhf.tokenizer import Tokenizer
@@ -117,11 +118,21 @@ def test_check_36_a_response_is_the_ids_that_were_sampled():
     assert tok.encode(tok.decode(response)) != response
 
 
-def test_sampling_runs_under_bf16_autocast(generator):
-    model = awake_gpt(**FLAVOURS["llama"], n_kv_head=2).float()
+def test_sampling_under_bf16_autocast_draws_from_logits_near_the_float32_ones(generator,
+                                                                              monkeypatch):
+    """A cache that is read at the wrong place would show far beyond bf16's rounding."""
+    model, drawn, choose = awake_gpt(**FLAVOURS["llama"], n_kv_head=2).float(), [], sampling.pick
+    monkeypatch.setattr(sampling, "pick",
+                        lambda logits, *rest: drawn.append(logits) or choose(logits, *rest))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollout = generate(model, PROMPTS, 8, STOP, generator=generator)
-    assert rollout.tokens.max() < 17 and (rollout.lengths > rollout.prompt_lens).all()
+    full = model(rollout.tokens)  # (B, T, V)
+    assert len(drawn) == (rollout.lengths - rollout.prompt_lens).max() > 2
+    for step, logits in enumerate(drawn):
+        rows = torch.nonzero(rollout.prompt_lens + step < rollout.lengths)[:, 0]
+        exact = full[rows, rollout.prompt_lens[rows] + step - 1]
+        assert logits.dtype == torch.bfloat16
+        assert (logits - exact).norm() < 0.1 * exact.norm()
 
 
 # ---------------------------------------------------------------- one token
@@ -160,6 +171,19 @@ def test_temperature_0_is_greedy_and_a_low_one_nearly(generator):
     assert torch.equal(pick(logits, 0, 0, 1.0, None), logits.argmax(-1))
     assert torch.equal(pick(logits, 1e-4, 0, 1.0, generator), logits.argmax(-1))
     assert torch.equal(pick(logits, 1.0, 1, 1.0, generator), logits.argmax(-1))
+
+
+def test_bf16_logits_are_widened_before_the_temperature_divides_them(generator, monkeypatch):
+    """Bug: a division in bf16, after which the distribution drawn from is not the one scored."""
+    drawn, multinomial = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda probs, *args, **options: drawn.append(probs)
+                        or multinomial(probs, *args, **options))
+    logits = (5 * torch.randn(4, 50, generator=generator)).bfloat16()
+    pick(logits, 0.7, 0, 1.0, generator)
+    exact = (logits.double() / 0.7).log_softmax(-1)
+    assert ((logits / 0.7).double().log_softmax(-1) - exact).abs().max() > 1e-2
+    assert drawn[0].dtype == torch.float32
+    close(drawn[0].double().log(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_the_nucleus_is_that_of_the_tempered_distribution(generator):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_road import chat
 
-from minirlhf.plumbing import judges, runs
+from minirlhf.plumbing import judges
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.judges import load_function, load_judge, load_plain
 

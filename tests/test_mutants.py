@@ -28,10 +28,11 @@ def test_each_bug_can_be_planted(bug):
 
 
 def test_every_check_has_bugs_of_its_own():
-    """Two to eight: enough to show that it bites. The many others are a mutator's work."""
-    count = collections.Counter(bug.test for bug in BUGS if bug.test.startswith("test_check_"))
+    """At least two: enough to show that it bites. Other bugs are those of tests without a number."""
+    count = collections.Counter(bug.test[: len("test_check_00")] for bug in BUGS
+                                if bug.test.startswith("test_check_"))
     assert sorted(count) == [f"test_check_{number:02d}" for number in range(1, 39)]
-    assert all(2 <= n <= 8 for n in count.values()), count
+    assert all(n >= 2 for n in count.values()), count
 
 
 def test_each_list_is_named_after_its_module():

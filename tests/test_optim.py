@@ -38,12 +38,25 @@ def test_the_warmup_ends_at_lr_and_wastes_no_step():
     assert [lr_at(s, 100, 1.0, warmup=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear"])
-def test_the_fall_starts_at_lr_and_ends_at_final(shape):
-    lrs = [lr_at(s, 100, 2.0, warmup=0, final=0.1, shape=shape) for s in range(101)]
-    assert lrs[0] == 2.0 and lrs[100] == pytest.approx(0.2, rel=1e-9)
+@pytest.mark.parametrize("shape, last", [("cosine", 0.2 + 1.8 * math.sin(math.pi / 200) ** 2),
+                                         ("linear", 0.2 + 1.8 / 100)])
+def test_the_fall_starts_at_lr_and_ends_within_a_step_of_final(shape, last):
+    """Of the steps that a run makes: the one that would reach the final rate is one too many."""
+    lrs = [lr_at(s, 100, 2.0, warmup=0, final=0.1, shape=shape) for s in range(100)]
+    assert lrs[0] == 2.0 and lrs[99] == pytest.approx(last, rel=1e-9)
     assert lrs[50] == pytest.approx(1.1, rel=1e-9)  # both are halfway down halfway through
-    assert all(a > b for a, b in zip(lrs, lrs[1:]))
+    assert all(a > b for a, b in zip(lrs, lrs[1:])) and lrs[99] - 0.2 < lrs[0] - lrs[1] + 1e-12
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("num_steps, warmup", [(1, 0), (1, 1), (2, 1), (3, 10), (5, 5), (7, 0)])
+def test_every_step_that_a_run_makes_has_a_rate_above_0_and_no_higher_than_lr(num_steps, warmup,
+                                                                              shape):
+    """However short: a warmup that fills the run, or is longer than it."""
+    lrs = [lr_at(s, num_steps, 2.0, warmup, 0.1, shape) for s in range(num_steps)]
+    assert all(0.1 * 2.0 <= lr <= 2.0 for lr in lrs)
+    assert lrs[:warmup] == sorted(lrs[:warmup]) and lrs[warmup:] == sorted(lrs[warmup:])[::-1]
+    assert lrs[warmup : warmup + 1] in ([], [2.0])  # the first after the warmup has the peak
 
 
 def test_cosine_by_hand_and_constant():

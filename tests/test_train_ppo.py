@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_road import (LONG, PROMPTS, Scaler, chat, collect, digest, logprobs_of, nudge, places,
-                       poison, ppo_loss, refill, results, sample_apart, scores_alone, sequences,
-                       start, watch, watched_steps, without_clock, write_rows)
+                       poison, ppo_loss, refill, results, sample_apart, sampled_texts, scores_alone,
+                       sequences, start, watch, watched_steps, without_clock, write_rows)
 
 import train_ppo
 from conftest import (END, PROMPT, RESPONSES, TEMPERATURE, close, gradients, policy_and_reference,
@@ -28,6 +28,7 @@ from minirlhf.model import ActorCritic, ScalarModel
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.optim import make_optimizer
 from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
+from minirlhf.plumbing.judges import load_function
 
 
 def test_check_01_a_response_alone_gives_the_loss_that_it_gives_beside_longer_ones(
@@ -1235,22 +1236,25 @@ def test_check_36_a_real_rollout_holds_what_generate_returned(road, tmp_path, mo
 
 
 def test_check_38_ppo_raises_the_reward_and_what_people_want(road, tmp_path):
-    """The baseline: the SFT model, whose rollouts the first iteration sees. The judge, which no
-    loss has seen, agrees; the KL penalty keeps the policy near."""
+    """Bug: learning that stops or turns round halfway, as with a rate that falls below 0: the first
+    gains outlast a few wrong steps, the last rollouts tell.
+
+    The baseline: the SFT model, whose normalised score is 0, with a deviation of 1. The judge, which
+    no loss has seen, agrees; the KL penalty keeps the policy near. Over the seeds 0 to 8 the last
+    six rollouts had a score of 0.69 to 0.80, a reward of 0.57 to 0.69, a gold of 0.63 to 0.77 (of
+    0.03 before) and a KL of 1.1 to 1.3 nats.
+    """
+    judge = load_function(f"{road.tools}:judge")
+    before = [judge(None, *answer)["score"] for answer in
+              sampled_texts(road.folder / "sft", [question for question, _ in PROMPTS], 1.0, 4)]
     history = road.run("ppo", tmp_path, num_steps=24, rollout_size=32, minibatch_size=16,
-                       micro_batch_size=0, lr=5e-4, critic_lr=3e-3, dtype="float32",
+                       micro_batch_size=0, lr=1e-3, critic_lr=3e-3, stop_kl=0.0, dtype="float32",
                        judge=f"{road.tools}:judge")
-    first, last = history[:2], history[-5:]
-
-    def mean(rows, key):
-        return sum(row[key] for row in rows) / len(rows)
-
-    assert history[0]["kl"] == 0
-    assert mean(last, "score") > mean(first, "score") + 0.5
-    assert mean(last, "reward") > mean(first, "reward") + 0.5
-    assert mean(last, "gold") > mean(first, "gold") + 0.3
-    assert mean(history[2:], "explained_variance") > mean(first, "explained_variance") + 0.1
-    assert 0 < mean(last, "kl") < 10
+    last = {name: sum(row[name] for row in history[-6:]) / 6 for name in history[0]}
+    assert history[0]["kl"] == 0 and -0.8 < history[0]["score"] < 0.4
+    assert last["score"] > 0.5 and last["reward"] > 0.4
+    assert last["gold"] > sum(before) / len(before) + 0.4
+    assert 0.5 < last["kl"] < 2.5
 
 
 def test_stop_kl_ends_an_iterations_epochs(road, tmp_path, monkeypatch):
@@ -1263,17 +1267,37 @@ def test_stop_kl_ends_an_iterations_epochs(road, tmp_path, monkeypatch):
     assert len(calls) == 1 + 2
 
 
-def test_ppos_learning_rate_falls_once_an_iteration_whatever_the_epochs(road, tmp_path,
-                                                                        monkeypatch):
-    """Bug: a schedule that counts epochs or minibatches is at its end long before the run is."""
-    for num_epochs in (1, 3):
-        seen = []
-        monkeypatch.setattr(train_ppo, "ppo_update", lambda actor, optimizers, *args: seen.append(
-            [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]) or {})
-        road.run("ppo", tmp_path / str(num_epochs), num_steps=4, num_epochs=num_epochs, lr=1e-3,
-                 critic_lr=3e-3, final_lr=0.2)
-        left = [1.0, 0.8, 0.6, 0.4]  # of the way from the peak down to a fifth of it
-        assert seen == [pytest.approx([1e-3 * share] * 2 + [3e-3 * share] * 2) for share in left]
+def test_temperature_divides_logits_that_were_widened_before(road, tmp_path, monkeypatch):
+    """Bug: bf16 logits divided by the temperature as they come out of autocast: eight bits are left
+    of them, and every log-prob is off by more than an update moves it.
+
+    Here the widened ones' log-probs are exact to 1e-5 nats, the others wrong by 1e-2.
+    """
+    rollout, actor, reference, _, cfg, run = collect(road, tmp_path, dtype="bfloat16",
+                                                     temperature=0.7)
+    tokens, mask = rollout["tokens"], rollout["response_mask"]
+
+    def exact(model):
+        with torch.no_grad(), run.autocast():
+            logits = model(tokens)[:, :-1]
+        assert logits.dtype == torch.bfloat16
+        rounded = (logits / 0.7).double().log_softmax(-1)
+        logps = (logits.double() / 0.7).log_softmax(-1)
+        logprobs, wrong = (x.gather(2, tokens[:, 1:, None])[..., 0][mask] for x in (logps, rounded))
+        assert (logprobs - wrong).abs().max() > 1e-2  # so that the two can be told apart
+        return logprobs, -(logps.exp() * logps).sum(-1)[mask]
+
+    logprobs, entropies = exact(actor.policy)
+    near = dict(rtol=1e-5, atol=1e-5)
+    close(rollout["logprobs"][mask].double(), logprobs, **near)
+    close(rollout["entropy"][mask].double(), entropies, **near)
+    close(rollout["ref_logprobs"][mask].double(), exact(reference)[0], **near)
+    updated = train_ppo.tensors_of(actor, rollout, cfg, run)
+    close(updated["new_logprobs"][mask].double(), logprobs, **near)
+    calls = watch(monkeypatch, train_ppo, "ppo_policy_loss")
+    ppo_loss(actor, rollout, list(range(16)), mask.sum(), run)
+    [(new, _)] = new_and_old(calls)
+    close(new.double(), logprobs, **near)
 
 
 def test_ppo_samples_and_scores_in_the_type_that_was_asked_for(road, tmp_path, monkeypatch):

@@ -10,4 +10,11 @@ BUGS = [
         "logits.argmax(-1)", "test_check_05", "rollouts are greedy"),
     Bug("Rollout.responses", "[p:n]", "[p:n][row[p:n] > 0]", "test_check_36",
         "sampled ids that look like filler are lost"),
+    Bug("generate", "torch.tensor(sorted(stop_ids), device=device)",
+        "torch.tensor(sorted(stop_ids))", "test_sampling_on_a_gpu",
+        "stop ids are left on the CPU"),
+    Bug("generate", "pad_right(prompts, device)", "pad_right(prompts)", "test_sampling_on_a_gpu",
+        "prompts are left on the CPU"),
+    Bug("pick", "logits.float() / temperature", "(logits / temperature).float()",
+        "test_bf16_logits", "sampling divides bf16 logits by the temperature"),
 ]

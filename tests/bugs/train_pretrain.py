@@ -8,4 +8,10 @@ BUGS = [
         "a detached version of the pretraining loss"),
     Bug("loss_of", "[:, :-1], tokens[:, 1:]", ", tokens", "test_check_38",
         "each position is asked for the token it can see"),
+    Bug("evaluate", "part.to(run.device)", "part", "test_pretraining_on_a_gpu",
+        "held-out blocks are left on the CPU"),
+    Bug("main", "lr_at(step - 1,", "lr_at(step,", "test_check_38_each_step",
+        "pretraining's schedule counts from 1 and is a step ahead"),
+    Bug("main", "due(step, cfg.save_every, cfg.num_steps)", "step % cfg.save_every == 0",
+        "test_the_last_steps_weights", "pretraining's last step is not saved"),
 ]

@@ -20,4 +20,12 @@ BUGS = [
         "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) "
         "+ [run.tokenizer.end_id] for p, r in zip(part, rollout.responses())])",
         "test_check_36", "the scores' scale is measured on text that was encoded again"),
+    Bug("make_batch", "places.to(device)", "places", "test_a_stage_on_a_gpu",
+        "the answers' places in the tables are left on the CPU"),
+    Bug("make_batch", "ranks.to(device)", "ranks", "test_a_stage_on_a_gpu",
+        "ranks are left on the CPU"),
+    Bug("main", "lr_at(step - 1,", "lr_at((step - 1) * cfg.num_epochs,",
+        "test_check_38_each_step", "the reward model's schedule counts epochs, and climbs again"),
+    Bug("main", "due(step, cfg.save_every, num_steps)", "step % cfg.save_every == 0",
+        "test_the_last_steps_weights", "the reward model's last step is not saved"),
 ]
