@@ -120,8 +120,18 @@ def due(step, every, num_steps):
 
 def read_metrics(folder):
     """A run's logged rows, {"step", ...} each; a last line that was cut short is left out."""
-    lines = read_file(Path(folder) / "metrics.jsonl").split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    path = Path(folder) / "metrics.jsonl"
+    lines, rows = read_file(path).split("\n"), []
+    lines = lines if lines[-1].endswith("}") else lines[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **{k: float(v) for k, v in row.items()
+                                                      if k != "step"}})
+        except (ValueError, KeyError, TypeError, RecursionError, AttributeError, OverflowError):
+            raise UserError(f'{path}, line {number}: expected {{"step": number, ...}} with a number '
+                            f"under each key, found {line[:60]!r}; remove the line") from None
+    return rows
 
 
 class Run:
