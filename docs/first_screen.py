@@ -78,11 +78,11 @@ def main(argv=None):
     parser.add_argument("results", nargs="?", help="a results.json (default: docs/results.md)")
     parser.add_argument("--write", action="store_true", help="write the README's table")
     args = parser.parse_args(argv)
-    figures = (from_json(json.loads(Path(args.results).read_text())) if args.results
-               else from_printed(RESULTS.read_text()))
-    table, text = table_of(*figures), README.read_text()
+    figures = (from_json(json.loads(Path(args.results).read_text(encoding="utf-8"))) if args.results
+               else from_printed(RESULTS.read_text(encoding="utf-8")))
+    table, text = table_of(*figures), README.read_text(encoding="utf-8")
     if args.write:
-        README.write_text(with_table(text, table))
+        README.write_text(with_table(text, table), encoding="utf-8")
     elif with_table(text, table) != text:
         print(f"the README's table is not this one; write it with --write:\n\n{table}")
         return 1

@@ -48,7 +48,7 @@ def sources(code):
     found, new = set(), imported(code)
     while new:
         found |= new
-        new = {path for known in new for path in imported(known.read_text())} - found
+        new = {path for known in new for path in imported(known.read_text(encoding="utf-8"))} - found
     return sorted(found)
 
 

@@ -216,7 +216,7 @@ def test_control_characters_and_escape_codes_are_shown_not_obeyed():
 def test_a_reader_that_has_seen_enough_is_no_error(road, tmp_path):
     recorded("ppo", road, tmp_path)
     done = subprocess.run(f"{sys.executable} -m minirlhf.look.ledger {tmp_path} | true", shell=True,
-                          cwd=ROOT, capture_output=True, text=True)
+                          cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.stderr == ""
 
 

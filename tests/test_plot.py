@@ -17,7 +17,7 @@ def rows_of(count, **columns):
 
 def write_run(folder, rows):
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -112,7 +112,7 @@ def test_panels_stand_in_rows_of_three(num_keys, shape, drawn, tmp_path):
 def test_runs_without_any_metric_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no metrics"):
         plot.metrics_of(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("\n")
+    (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no metrics"):
         plot.metrics_of(tmp_path)
     folder = write_run(tmp_path / "a", rows_of(3, lr=float))
@@ -212,7 +212,7 @@ def test_reward_is_drawn_against_the_root_of_the_kl(drawn, tmp_path):
     """Gao et al.'s axis; an estimate of the KL may fall below 0, its root may not."""
     kl = [-0.5, 4.0, 9.0, 16.0, 25.0, 36.0]
     folders = {name: write_run(tmp_path / name, [
-        {"kl": value, "score": float(i + shift), "gold": -i} for i, value in enumerate(kl)])
+        {"step": i, "kl": value, "score": float(i + shift), "gold": -i} for i, value in enumerate(kl)])
         for name, shift in (("a", 0), ("b", 5))}
     plot.draw_reward_against_kl(folders, "x.png")
     fig = drawn[0][0]

@@ -30,7 +30,7 @@ def quick_road(tmp_path_factory):
 
 def test_the_quick_road_ends_with_results_that_hold_everything(quick_road):
     folder, _ = quick_road
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (road,) = results["seeds"]
     assert set(road["cpu_minutes"]) == set(road["commands"]) == set(speedrun.STAGES)
     assert results["commit"] and results["table"]["players"]["ppo"]["score"] is not None
@@ -67,7 +67,7 @@ def test_the_evaluation_of_a_road_can_be_repeated(quick_road, tmp_path):
     cfg = parse_config(evaluate.Config, shlex.split(line)[2:])
     cfg.out = str(tmp_path)
     again = evaluate.main(cfg)
-    assert json.loads(json.dumps(again)) == json.loads((quick_road[0] / "eval/results.json").read_text())
+    assert json.loads(json.dumps(again)) == json.loads((quick_road[0] / "eval/results.json").read_text(encoding="utf-8"))
     rates = again["players"]["ppo"]
     assert {"unsafe_refused", "lookalike_refused", "right", "right_by_skill"} <= set(rates)
 
@@ -76,7 +76,7 @@ def test_a_road_walked_again_only_prints(quick_road):
     folder, _ = quick_road
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}
     done = subprocess.run([sys.executable, "speedrun.py", "--quick", "--overoptimize", "--out",
-                           folder.parent], cwd=ROOT, capture_output=True, text=True)
+                           folder.parent], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     printed = done.stdout
     assert printed.count("done before") == len(speedrun.STAGES) and "\n$ " not in printed
@@ -93,7 +93,7 @@ def test_the_first_roads_commands_are_short():
     assert lines["sft"] == ["python train_sft.py"] and lines["rm"] == ["python train_rm.py"]
     assert lines["dpo"] == ["python train_dpo.py"]
     assert lines["ppo"] == ["python train_ppo.py --judge data/toy/judge.py:judge"]
-    readme = (ROOT / "docs" / "road.md").read_text()
+    readme = (ROOT / "docs" / "road.md").read_text(encoding="utf-8")
     for stage in ("prepare", "tokenizer", "pretrain", "sft", "rm", "ppo", "dpo"):
         assert all(f"    {line}\n" in readme for line in lines[stage]), stage
 
@@ -145,14 +145,14 @@ def run_fake_stage(tmp_path, monkeypatch, stage, log, *options, code=0):
                       f"open({str(notes)!r}, 'a').write(' '.join(sys.argv[1:]) + ' '\n"
                       "    + os.environ['OMP_NUM_THREADS'] + '\\n')\n"
                       "x = sum(i * i for i in range(2_000_000))\n"
-                      f"sys.exit({code})\n")
+                      f"sys.exit({code})\n", encoding="utf-8")
     monkeypatch.setattr(speedrun, "commands", lambda *args: [
         f"python {script} {words}".strip() for words in options])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
         speedrun.run_stage(stage, 0, str(tmp_path), False, log)
     finally:
-        written = notes.read_text().splitlines()
+        written = notes.read_text(encoding="utf-8").splitlines()
         notes.unlink()
     return written
 
@@ -164,7 +164,7 @@ def test_a_stage_notes_what_it_ran_and_what_that_took(tmp_path, monkeypatch):
     assert log["done"] == ["prepare", "sft", "rm"] and log["running"] == ""
     assert log["commands"]["rm"] == speedrun.commands()
     assert 0 < log["cpu_minutes"]["rm"] < 0.5 and 0.001 < log["peak_gb"]["rm"] < 1
-    assert json.loads((tmp_path / "speedrun.json").read_text()) == log
+    assert json.loads((tmp_path / "speedrun.json").read_text(encoding="utf-8")) == log
 
 
 @pytest.mark.parametrize("files, running, flag", [
@@ -196,7 +196,7 @@ def test_a_command_that_fails_ends_the_road_where_it_can_go_on(tmp_path, monkeyp
     log = empty_log(done=["sft"])
     with pytest.raises(ValueError, match="exit code 3"):
         run_fake_stage(tmp_path, monkeypatch, "rm", log, "--lr 1", code=3)
-    kept = json.loads((tmp_path / "speedrun.json").read_text())
+    kept = json.loads((tmp_path / "speedrun.json").read_text(encoding="utf-8"))
     assert kept["running"] == "rm" and kept["done"] == ["sft"]
 
 
@@ -210,7 +210,7 @@ def walked(monkeypatch, tmp_path):
         log["done"].append(stage)
         speedrun.write_log(out, log)
         Path(out, "eval").mkdir(exist_ok=True)
-        Path(out, "eval", "results.json").write_text('{"reward_model": {"ceiling": 0.8}}')
+        Path(out, "eval", "results.json").write_text('{"reward_model": {"ceiling": 0.8}}', encoding="utf-8")
 
     monkeypatch.setattr(speedrun, "run_stage", run_stage)
     monkeypatch.setattr(speedrun, "draw_road", lambda *args: drawn.append(args))

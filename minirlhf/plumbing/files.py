@@ -186,3 +186,28 @@ def json_line(row):
     """A dict as one line of JSON, in plain UTF-8 but where text holds half a character."""
     line = json.dumps(row, ensure_ascii=False)
     return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
+
+
+def lock(path):
+    """An open file that this process alone holds until it is closed or the process ends.
+
+    Two commands that write into one folder would spoil each other's work. Raises UserError where
+    another process holds it.
+    """
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, or "
+                        "give another folder") from None
+    return file
