@@ -151,8 +151,9 @@ def read_log(out):
     if not path.exists():
         return {"done": {}, "cpu_minutes": {}, "peak_gb": {}, "commands": {}, "running": "",
                 "replaced": [], "spent": 0.0}
+    text = read_file(path)
     try:
-        log = json.loads(read_file(path))
+        log = json.loads(text)
         stages = [*log["done"], *log["cpu_minutes"], *log["peak_gb"], *log["commands"]]
         numbers = [*log["cpu_minutes"].values(), *log["peak_gb"].values(), log["spent"]]
         hashes = [log["replaced"], *log["done"].values()]

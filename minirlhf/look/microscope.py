@@ -79,11 +79,11 @@ def read_options(path):
     text = read_file(path)
     try:
         found = json.loads(text)
-        found = {name: found[name] for name in OPTIONS if name in found}
+        found = {name: found[name] for name in OPTIONS if name in found.keys()}
         json.dumps(found, allow_nan=False)  # an option is no NaN, and neither is one in the page
         whole = all(isinstance(value, (bool, int, float, str)) for value in found.values())
         whole = whole and isinstance(found.get("beta", 0), (int, float))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{path} is damaged, expected a run's options as JSON; train again, or "
