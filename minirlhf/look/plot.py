@@ -54,6 +54,10 @@ def metrics_of(folder, *keys):
         if missing:
             raise UserError(f"{folder}/metrics.jsonl, step {row['step']}: {', '.join(missing)} is "
                             "missing; give the folder of a PPO run with a --judge")
+        large = [value for value in row.values() if 1e300 < abs(value) < math.inf]
+        if large:
+            raise UserError(f"{folder}/metrics.jsonl, step {row['step']}: no picture has room for "
+                            f"{large[0]}; remove the line")
     return rows
 
 

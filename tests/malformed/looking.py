@@ -218,6 +218,9 @@ CASES = [
            "--save", "x.png"),
     looked("plot", "a number that no float holds", metrics(
         '{"step": 1, "kl": 1%s}\n' % ("0" * 400)), "line 1", "--save", "x.png"),
+    looked("plot", "numbers that no axis spans", metrics(
+        '{"step": 1, "kl": 1e308}\n{"step": 2, "kl": -1e308}\n'), "no picture has room", "--save",
+           "x.png"),
     looked("plot", "nothing that is drawn", metrics('{"step": 1, "lr": 1}\n' * 3), "was logged",
            "--save", "x.png"),
     looked("plot", "metrics that are no UTF-8", metrics(b"\xff\xfe{}\n"), "expected UTF-8",
