@@ -199,7 +199,8 @@ def test_a_long_run_is_thinned_in_steps_and_in_size(copied, monkeypatch):
 def test_a_step_recorded_but_not_yet_logged_is_left_out(copied):
     log = copied / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    log.write_text("".join(lines[:2]) + lines[2][:20], encoding="utf-8")  # the third line is being written just now
+    # The third line is being written just now.
+    log.write_text("".join(lines[:2]) + lines[2][:20], encoding="utf-8")
     data = microscope.run_data(copied)
     assert [step["step"] for step in data["steps"]] == [1, 2] and len(data["metrics"]) == 2
     log.write_text("", encoding="utf-8")
@@ -210,7 +211,8 @@ def test_a_step_recorded_but_not_yet_logged_is_left_out(copied):
 def test_a_run_without_a_ledger_and_a_ledger_of_another_kind_are_refused(copied, capsys):
     for path in (copied / "ledger").glob("*.npz"):
         with np.load(path) as arrays:
-            np.savez(path, **{name: arrays[name] for name in arrays.files if "advantages" not in name})
+            np.savez(path, **{name: arrays[name] for name in arrays.files
+                              if "advantages" not in name})
     with pytest.raises(UserError, match="holds none of advantages"):
         microscope.run_data(copied)
     shutil.rmtree(copied / "ledger")

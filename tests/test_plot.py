@@ -281,7 +281,8 @@ def test_reward_is_drawn_against_the_root_of_the_kl(drawn, tmp_path):
     """Gao et al.'s axis; an estimate of the KL may fall below 0, its root may not."""
     kl = [-0.5, 4.0, 9.0, 16.0, 25.0, 36.0]
     folders = {name: write_run(tmp_path / name, [
-        {"step": i, "kl": value, "score": float(i + shift), "gold": -i} for i, value in enumerate(kl)])
+        {"step": i, "kl": value, "score": float(i + shift), "gold": -i}
+        for i, value in enumerate(kl)])
         for name, shift in (("a", 0), ("b", 5))}
     plot.draw_reward_against_kl(folders, "x.png")
     fig = drawn[0][0]

@@ -169,7 +169,8 @@ CASES = [
     looked("ledger", "a folder in the place of arrays", lambda run: (
         remove("ledger/step_000001.npz")(run), (run / "ledger" / "step_000001.npz").mkdir())[0],
            NPZ),
-    looked("ledger", "without a mask", changed(rows__response_mask=None), "rows/response_mask missing"),
+    looked("ledger", "without a mask", changed(rows__response_mask=None),
+           "rows/response_mask missing"),
     looked("ledger", "without lengths", changed(rows__lengths=None), "rows/lengths missing"),
     looked("ledger", "without counts", changed(batch__num_tokens=None), "batch/num_tokens missing"),
     looked("ledger", "a mask of numbers", changed(rows__response_mask=lambda x: x.astype(float)),
