@@ -202,6 +202,14 @@ def test_the_made_up_run_of_the_malformed_cases_is_whole(tmp_path, capsys):
     assert "written: " in capsys.readouterr().out
 
 
+def test_a_tensor_of_another_length_is_refused(tmp_path):
+    """Bug: numbers a column beside their tokens, since a damaged record was taken as it came."""
+    run = malformed.looking.recorded(tmp_path)
+    malformed.looking.changed(rows__kl=np.zeros((2, 4)))(run)
+    with pytest.raises(UserError, match=r"rows/kl has the shape \(2, 4\), expected \(2, 5\)"):
+        ledger.load(run, 1)
+
+
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_the_record_of_compared_answers_is_that_of_the_data(stage, road, tmp_path):
     """Bugs: another answer's rank, prompt length, length or score beside an answer's tokens."""

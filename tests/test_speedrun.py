@@ -506,6 +506,7 @@ while True:
 """
 
 
+@contextlib.contextmanager
 def road_at_work(tmp_path, *words):
     """speedrun.py with a stage that never ends: (its process, the stage's process id)."""
     (tmp_path / "child.py").write_text(CHILD, encoding="utf-8")
@@ -518,7 +519,21 @@ def road_at_work(tmp_path, *words):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
     assert process.stdout.readline() == "\n" and process.stdout.readline() == f"$ {command}\n"
-    return process, int(process.stdout.readline().split()[1])
+    child = int(process.stdout.readline().split()[1])
+    try:
+        yield process, child
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def ended(process):
+    """What it printed, (stdout, stderr), once it ended."""
+    try:
+        return process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the road did not end")
 
 
 def alive(pid):
@@ -532,38 +547,31 @@ def alive(pid):
 def test_a_signal_is_handed_on_to_the_stage_which_ends_first(number, to_all, tmp_path):
     """Bugs: the stage lived on, and a road walked again set a second one beside it; a terminal's
     Ctrl-C, which all of its processes get, reached the stage twice."""
-    process, child = road_at_work(tmp_path)
-    try:
+    with road_at_work(tmp_path) as (process, child), contextlib.chdir(ROOT):
         with pytest.raises(UserError, match="in use by another process"):  # a second road waits
             speedrun.main(speedrun.Config(out=str(tmp_path / "out")))
         (os.killpg if to_all else os.kill)(process.pid, number)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert out == f"child got {int(number)}\nchild saved\n" and not alive(child)
+        out, err = ended(process)
+        assert process.returncode == 128 + number
+        assert out == f"child got {int(number)}\nchild saved\n" and not alive(child)
     assert "stopped at prepare; the same speedrun command, without --from, goes on" in err
     assert "Traceback" not in err
     assert log_of(tmp_path / "out")["running"] == "prepare"
 
 
 def test_a_second_signal_ends_both_at_once(tmp_path):
-    process, child = road_at_work(tmp_path, "slow")
-    try:
+    with road_at_work(tmp_path, "slow") as (process, child):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == f"child got {int(signal.SIGINT)}\n"
         time.sleep(0.1)
         assert process.poll() is None and alive(child)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    for _ in range(100):
-        if not alive(child):
-            break
-        time.sleep(0.05)
-    assert not alive(child)
+        ended(process)
+        assert process.returncode == 130
+        for _ in range(100):
+            if alive(child):
+                time.sleep(0.05)
+        assert not alive(child)
 
 
 @pytest.mark.parametrize("options, seeds", [
@@ -627,6 +635,7 @@ def test_a_rates_interval_takes_in_that_seeds_differ_by_hand():
                                              pytest.approx(0.505 + 0.06353, abs=1e-5))
     # Three seeds without a single case still allow some: Wilson's 3.8416 / (n + 3.8416), n = 3000.
     assert rate(0.0, 0.0, 0.0)["high"] == pytest.approx(0.0012789, abs=1e-6)
+    assert rate(1.0, 1.0, 1.0)["low"] == pytest.approx(1 - 0.0012789, abs=1e-6)
     alone = rate(0.3)
     assert (alone["low"], alone["high"]) == wilson(300, 1000)
     many = rate(*[0.4, 0.6] * 10)  # 20 seeds take the last t, 2.262; the deviation is 0.1025978
