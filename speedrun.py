@@ -28,7 +28,8 @@ from pathlib import Path
 
 from minirlhf.plumbing.config import command_line
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import check_writable, lock, naming, read_file, write_text
+from minirlhf.plumbing.files import (check_writable, lock, naming, read_file, write_text,
+                                     writing)
 from minirlhf.plumbing.stats import wilson
 from minirlhf.look.plot import draw_gold_by_stage, draw_reward_against_kl, draw_road, metrics_of
 
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 STAGES = ["prepare", "tokenizer", "pretrain", "sft", "sample", "annotate", "rm", "ppo", "dpo",
           "evaluate", "overoptimize"]
 TRAINING = ("pretrain", "sft", "rm", "ppo", "dpo", "overoptimize")
+CHECKPOINTS = ("ckpt.pt", "ckpt_previous.pt")  # of a run
 JUDGE = "data/toy/judge.py:judge"
 SHOWN = ("base_few-shot", "sft", "ppo")  # whose answers are printed side by side
 MOST_SEEDS = 100  # more is a slip of the finger
@@ -282,7 +284,7 @@ def how_to_start(stage, folder, log):
     A checkpoint that lay there before the stage began is of the old run, which the stage is to
     replace, even if it was killed before it came to that. Only a newer one is gone on with.
     """
-    there = digests(sorted(folder.glob("ckpt*.pt")))
+    there = digests([folder / name for name in CHECKPOINTS if (folder / name).is_file()])
     if log["running"] != stage:
         log.update(running=stage, replaced=there, spent=0.0)
     if set(there) - set(log["replaced"]):
@@ -464,10 +466,8 @@ def print_table(table, roads):
 def checked(cfg):
     """The options, once they make sense: --out as a path that does not depend on where one stands,
     from this file's folder if it lies there."""
-    last = cfg.first_seed + cfg.seeds - 1
-    if cfg.seeds > MOST_SEEDS or last >= 2**63:
-        raise UserError(f"--seeds {cfg.seeds} --first_seed {cfg.first_seed}: expected up to "
-                        f"{MOST_SEEDS} roads, and seeds below 2^63")
+    if cfg.seeds > MOST_SEEDS:
+        raise UserError(f"--seeds {cfg.seeds}: expected up to {MOST_SEEDS} roads")
     if cfg.from_ and cfg.from_ not in stages_of(cfg):
         raise UserError(f"--from {cfg.from_}: expected one of {', '.join(stages_of(cfg))}" + (
             "; with --overoptimize that stage, too" if cfg.from_ == "overoptimize" else ""))
@@ -487,7 +487,10 @@ def main(cfg):
         open_road(seed, cfg)
     with contextlib.ExitStack() as held, Stop() as stop:
         for seed in seeds:
-            held.enter_context(lock(Path(folder_of(seed, cfg), ".lock")))
+            folder = Path(folder_of(seed, cfg))
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(folder / ".lock"))
         logs = {seed: open_road(seed, cfg) for seed in seeds}
         for seed in seeds if cfg.from_ else []:  # all begin again, even if the first is broken off
             write_log(folder_of(seed, cfg), logs[seed])

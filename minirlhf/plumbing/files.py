@@ -189,14 +189,11 @@ def json_line(row):
 
 
 def lock(path):
-    """An open file that this process alone holds until it is closed or the process ends.
+    """Open `path` and hold it for this process; UserError where another one holds it.
 
-    Two commands that write into one folder would spoil each other's work. Raises UserError where
-    another process holds it.
+    The system frees it when the process ends, however it ends. Keep the file that is returned.
     """
-    with writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")
+    file = open(path, "ab")
     try:
         if os.name == "nt":
             import msvcrt
@@ -207,7 +204,6 @@ def lock(path):
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
-        raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, or "
-                        "give another folder") from None
+        raise UserError(f"{path.parent} is in use by another run, which is still at work; wait for "
+                        "it, or give another --out") from None
     return file
