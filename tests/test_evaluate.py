@@ -92,7 +92,7 @@ def test_a_players_means_and_rates_by_hand():
 def walked(road, tmp_path_factory):
     """An evaluation of a DPO model, and all that it wrote: (cfg, results, {player: rows})."""
     out = tmp_path_factory.mktemp("evaluation")
-    (out / "tools.py").write_text(TOOLS)
+    (out / "tools.py").write_text(TOOLS, encoding="utf-8")
     road.run("dpo", out / "dpo", lr=1e-3, num_epochs=3)
     cfg = evaluate.Config(
         models=str(out / "dpo"), against=str(road.folder / "sft"), max_new_tokens=8, best_of=3,
@@ -107,7 +107,7 @@ def walked(road, tmp_path_factory):
 
 def test_each_player_answers_each_prompt_in_order(walked):
     cfg, results, rows = walked
-    assert json.loads((evaluate.Path(cfg.out) / "results.json").read_text()) == results
+    assert json.loads((evaluate.Path(cfg.out) / "results.json").read_text(encoding="utf-8")) == results
     for name, its_rows in rows.items():
         assert [row["messages"][0]["content"] for row in its_rows] == [q for q, _ in PROMPTS[:30]]
     texts = {name: [row["samples"][0]["text"] for row in its_rows]
@@ -157,7 +157,7 @@ def test_each_comparison_counts_its_first_players_wins(walked, capsys):
 # ---------------------------------------------------------------- its parts
 
 def evaluator(road, tmp_path, **options):
-    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "tools.py").write_text(TOOLS, encoding="utf-8")
     return evaluate.Evaluator(evaluate.Config(**{**dict(
         prompts=road.prompts, reward_model=str(road.folder / "rm"), dtype="float32", batch_size=3,
         max_new_tokens=8, against=str(road.folder / "sft"), models="", plain=str(

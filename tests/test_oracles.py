@@ -667,6 +667,6 @@ def test_a_table_that_is_stale_in_either_direction_is_found():
 
 def test_every_row_of_the_page_belongs_to_a_test():
     """The `parity` that a row's test asks for refuses rows that it does not measure."""
-    for row in read_table(PAGE.read_text()):
+    for row in read_table(PAGE.read_text(encoding="utf-8")):
         assert row.test in globals(), f"docs/tests.md's {row} belongs to no test of this file"
         assert "parity" in inspect.signature(globals()[row.test]).parameters, row

@@ -86,7 +86,7 @@ def test_sample_passes_its_options_on(road, tmp_path, capsys):
 
 
 def test_chat_ends_with_the_input(road, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    monkeypatch.setattr(sys, "stdin", open("/dev/null", encoding="utf-8"))
     assert "An empty line ends" in sampled(road, capsys, chat=True)
 
 

@@ -344,7 +344,7 @@ def broken(tok, **changes):
 ])
 def test_a_broken_tokenizer_file_is_named(tok, tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
-    path.write_text(content(tok))
+    path.write_text(content(tok), encoding="utf-8")
     with pytest.raises(ValueError, match=f"tokenizer.json: .*({message})"):
         Tokenizer.load(path)
 
@@ -360,7 +360,7 @@ def test_a_missing_tokenizer_file_is_named(tmp_path):
 
 def write_tiktoken_file(path, ranks):
     lines = [base64.b64encode(token).decode() + f" {idx}\n" for idx, token in enumerate(ranks)]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def test_tiktoken_file(tok, tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_tiktoken_file_with_the_bytes_in_another_order(tok, tmp_path):
 ])
 def test_a_broken_tiktoken_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.tiktoken"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=f"bad.tiktoken.*{message}"):
         Tokenizer.from_tiktoken_file(path)
 
@@ -427,7 +427,7 @@ def test_named_with_an_unknown_name():
 def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes((TEXT + "\r\n" * 50).encode())  # taken byte by byte
     rows = json.dumps({"messages": CHAT}) + "\n\n" + json.dumps(["zebra zebra", 3, None]) + "\n"
-    (tmp_path / "b.jsonl").write_text(rows)
+    (tmp_path / "b.jsonl").write_text(rows, encoding="utf-8")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"quokka quokka quokka"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "walrus"}\n'))
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]

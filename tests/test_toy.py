@@ -329,7 +329,7 @@ def write_samples(path, num_rows=60):
         samples += [samples[0], {"text": "", "ended": True}, {"text": "A cow", "ended": False}]
         rows.append({"messages": world.to_messages(turns[-1:], []), "answer": turns[-1]["answer"],
                      "meta": {"task": turns[-1]["task"]}, "samples": samples})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 
@@ -340,7 +340,7 @@ def test_annotate_writes_what_formats_reads_and_counts_what_it_drops(tmp_path, c
     printed = capsys.readouterr().out
     assert "60 answers that did not end" in printed and "60 empty answers" in printed
     assert "60 duplicates" in printed and "ceiling" in printed
-    written = [json.loads(line) for line in out.read_text().splitlines()]
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if len(row["samples"]) >= 5]
     assert [row["messages"] for row in written] == [row["messages"] for row in kept]
     for row, source in zip(written, kept):
@@ -372,7 +372,7 @@ def test_the_judges_command_prints_a_table(tmp_path, capsys):
 def test_bad_samples_end_with_one_line_and_exit_2(command, content, message, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         if command == "judge":
             judge.main([str(path)])
