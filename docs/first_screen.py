@@ -49,7 +49,7 @@ def from_json(results):
         rows[player] = [f"{table['players'][player]['score']:.2f}"] + [
             f"{rates[rate]['share']:.1%}" for rate in ("right", "rude", "unsafe_refused")]
     minutes = [sum(spent for stage, spent in seed["cpu_minutes"].items() if stage != "overoptimize")
-               for seed in results["seeds"]]
+               for seed in results["seeds"] if seed["cpu_minutes"]]  # Windows does not tell them
     return rows, len(results["seeds"]), minutes
 
 
@@ -59,7 +59,8 @@ def table_of(rows, seeds, minutes):
              "|---|--:|--:|--:|--:|"]
     lines += [f"| {what} | {' | '.join(rows[player])} |" for player, what in PLAYERS.items()]
     # The long run without KL is no part of the road that the first command walks.
-    spent = " to ".join(sorted({f"{m:.0f}" for m in (min(minutes), max(minutes))}, key=int))
+    spent = " to ".join(sorted({f"{m:.0f}" for m in (min(minutes), max(minutes))}, key=int)
+                        ) if minutes else "an unknown number of"
     of_seeds = f"Mean of {seeds} seeds" if seeds > 1 else "One seed"
     return "\n".join([
         *lines, "", f"{of_seeds}, {spent} CPU-minutes each. *Gold* is what people truly want, as a "
@@ -78,11 +79,17 @@ def main(argv=None):
     parser.add_argument("results", nargs="?", help="a results.json (default: docs/results.md)")
     parser.add_argument("--write", action="store_true", help="write the README's table")
     args = parser.parse_args(argv)
-    figures = (from_json(json.loads(Path(args.results).read_text())) if args.results
-               else from_printed(RESULTS.read_text()))
-    table, text = table_of(*figures), README.read_text()
+    where = Path(args.results or RESULTS)
+    try:
+        text = where.read_text(encoding="utf-8")
+        figures = from_json(json.loads(text)) if args.results else from_printed(text)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        print(f"error: {where} does not hold the results of a road ({type(error).__name__}); give "
+              "the results.json that speedrun.py wrote", file=sys.stderr)
+        raise SystemExit(2) from None
+    table, text = table_of(*figures), README.read_text(encoding="utf-8")
     if args.write:
-        README.write_text(with_table(text, table))
+        README.write_text(with_table(text, table), encoding="utf-8")
     elif with_table(text, table) != text:
         print(f"the README's table is not this one; write it with --write:\n\n{table}")
         return 1

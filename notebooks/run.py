@@ -48,7 +48,8 @@ def sources(code):
     found, new = set(), imported(code)
     while new:
         found |= new
-        new = {path for known in new for path in imported(known.read_text())} - found
+        texts = [known.read_text(encoding="utf-8") for known in new]
+        new = {path for text in texts for path in imported(text)} - found
     return sorted(found)
 
 

@@ -143,7 +143,7 @@ def rank(samples, out, temperature=0.3, seed=0):
 
 def held_out(folder):
     """The prompts that no training has seen: rows with messages, answer and task."""
-    return [json.loads(line) for line in open(folder / "heldout.jsonl")]
+    return [json.loads(line) for line in open(folder / "heldout.jsonl", encoding="utf-8")]
 
 
 def answers(folder, model, rows=None, temperature=1.0, seed=0, num_samples=1):

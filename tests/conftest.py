@@ -121,7 +121,7 @@ def road(tmp_path_factory):
     if kept or "PYTEST_XDIST_WORKER" not in os.environ:
         return Road(kept or tmp_path_factory.mktemp("road")).walk()
     common = tmp_path_factory.getbasetemp().parent / "road"
-    with open(f"{common}.lock", "w") as lock:
+    with open(f"{common}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         Road(common).walk()
         mine = shutil.copytree(common, tmp_path_factory.mktemp("road"), dirs_exist_ok=True)

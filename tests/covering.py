@@ -176,7 +176,7 @@ def trace(tree, files):
 
     folder = Path(tempfile.mkdtemp(dir=tree.parent))
     settings = folder / "settings"
-    settings.write_text(COVERAGE.format(folder=folder, tree=tree))
+    settings.write_text(COVERAGE.format(folder=folder, tree=tree), encoding="utf-8")
     os.environ["COVERAGE_PROCESS_START"] = str(settings)  # subprocesses note their test as context
     measure = coverage.Coverage(config_file=str(settings), context="here")
     measure.start()
@@ -240,7 +240,7 @@ def traces(root, tree):
     """{test file: its trace}, from the cache where neither it nor the sources have changed."""
     path = root / "out/mutate/traces.json"
     base = digest_of_base(tree)
-    cache = json.loads(path.read_text()) if path.exists() else {}
+    cache = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found = cache["files"] if cache.get("base") == base else {}
     for name in test_files(tree):
         now = digest(tree / "tests" / name)
@@ -251,7 +251,7 @@ def traces(root, tree):
                 raise SystemExit(f"{name} without any mutant: {entry}")
             found[name] = {"digest": now, **entry}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"base": base, "files": found}))
+            path.write_text(json.dumps({"base": base, "files": found}), encoding="utf-8")
     return {name: found[name] for name in test_files(tree)}
 
 
@@ -275,7 +275,7 @@ class Covering:
         self.words = collections.defaultdict(set)  # {word: the lines in functions where it stands}
         self.defined = collections.defaultdict(set)  # {word: the names defined with its help}
         for file in sources(tree):
-            text = (tree / file).read_text()
+            text = (tree / file).read_text(encoding="utf-8")
             for number in mutations.lines_in_functions(text):
                 for word in set(re.findall(r"\w+", text.splitlines()[number - 1])):
                     self.words[word].add((file, number))

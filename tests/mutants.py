@@ -72,7 +72,7 @@ class Verdict:
 def tests_of(name, tree):
     """The test files that define tests whose name begins with `name`."""
     return sorted(str(path) for path in (tree / "tests").glob("test_*.py")
-                  if re.search(rf"^def {name}", path.read_text(), re.M))
+                  if re.search(rf"^def {name}", path.read_text(encoding="utf-8"), re.M))
 
 
 def run_tests(tree, *names, seconds=()):
@@ -117,7 +117,7 @@ def read_bugs(path):
     for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
         if file.name != "__init__.py":
             names = {}
-            exec(file.read_text(), names)
+            exec(file.read_text(encoding="utf-8"), names)
             bugs += [bug._replace(file=names["FILE"]) for bug in names["BUGS"]]
     return bugs
 
@@ -145,10 +145,10 @@ def spans(source):
 def plant(bug, tree):
     """Replace the bug's text in its function in the tree; returns the file's right text."""
     path = tree / bug.file
-    right = path.read_text()
+    right = path.read_text(encoding="utf-8")
     [(start, end)] = spans(right)[bug.function]
     wrong = right[start:end].replace(bug.text, bug.wrong)
-    path.write_text(right[:start] + wrong + right[end:])
+    path.write_text(right[:start] + wrong + right[end:], encoding="utf-8")
     return right
 
 
@@ -157,7 +157,7 @@ def stale(bug):
     path = ROOT / bug.file
     if not path.exists():
         return "no such file"
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     places = spans(source).get(bug.function, [])
     if len(places) != 1:
         return (f"{bug.function} is defined {len(places)} times in {bug.file}" if places else
@@ -183,7 +183,7 @@ def try_bug(bug, tree, seconds):
         others = f"only {failures[0][0]} fails" if failures else "no test at all fails"
         return f"survives {bug.test}; {others}"
     finally:
-        (tree / bug.file).write_text(right)
+        (tree / bug.file).write_text(right, encoding="utf-8")
 
 
 def select(bugs, quick, only):

@@ -79,8 +79,8 @@ class Worker:
             return "uncovered", "", 0.0
         tree, before = self.folder / "tree", resource.getrusage(resource.RUSAGE_CHILDREN)
         path = tree / mutant.file
-        right, times = path.read_text(), path.stat()
-        path.write_text(mutant.apply(right))
+        right, times = path.read_text(encoding="utf-8"), path.stat()
+        path.write_text(mutant.apply(right), encoding="utf-8")
         # Python takes a compiled file for that of any source of the same size and second.
         self.count += 1
         os.utime(path, (times.st_atime, times.st_mtime + self.count))
@@ -91,7 +91,7 @@ class Worker:
                                      options=["-x"])
             return code, (notes.failed or ["no test ran"])[0]
         answer = fork(run, cpu_seconds=PATIENCE + 5 * seconds)
-        path.write_text(right)
+        path.write_text(right, encoding="utf-8")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         if self.snapshot() != self.right:  # the mutant wrote where no test does
             self.renew()
@@ -121,14 +121,14 @@ def try_all(jobs, num_workers, base):
     paths = [base / "tree" / name for name in sources(base / "tree")]
     state = digest(*paths, *sorted((base / "tree/tests").glob("*.py")))
     path = ROOT / f"out/mutate/verdicts_{state[:12]}.jsonl"
-    rows = path.read_text().splitlines() if path.exists() else []
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     done = {place: verdict for place, *verdict in map(json.loads, rows)}
     place = lambda mutant: f"{mutant.file}:{mutant.start}-{mutant.end} {mutant.new}"
     results = [(job[0], *done[place(job[0])]) for job in jobs if place(job[0]) in done]
     jobs = [job for job in jobs if place(job[0]) not in done]
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
-    with multiprocessing.Pool(num_workers, start_worker, (base,)) as pool, open(path, "a") as file:
+    with multiprocessing.Pool(num_workers, start_worker, (base,)) as pool, open(path, "a", encoding="utf-8") as file:
         for result in pool.imap_unordered(attempt, jobs):
             results.append(result)
             mutant, status, by, used = result
@@ -193,8 +193,8 @@ def main(argv=None):
     parser.add_argument("--out", default=str(ROOT / "out/mutate.json"))
     args = parser.parse_args(argv)
     mutants = [mutant for file in sources(ROOT)
-               for mutant in mutants_of(file, (ROOT / file).read_text())]
-    known = equivalents((ROOT / "tests/equivalent_mutants.txt").read_text())
+               for mutant in mutants_of(file, (ROOT / file).read_text(encoding="utf-8"))]
+    known = equivalents((ROOT / "tests/equivalent_mutants.txt").read_text(encoding="utf-8"))
     stale = known.keys() - {key(mutant) for mutant in mutants}
     if stale:
         print("\n".join(f"STALE  {' | '.join(entry)}" for entry in sorted(stale)))
@@ -211,7 +211,7 @@ def main(argv=None):
     for name in LOADED:  # once, before the forks, which import the project from their copies
         importlib.import_module(name)
     gc.freeze()  # no fork has to look through all this for garbage
-    old = json.loads(Path(args.out).read_text())["verdicts"] if Path(args.out).exists() else []
+    old = json.loads(Path(args.out).read_text(encoding="utf-8"))["verdicts"] if Path(args.out).exists() else []
     killers = {(v["file"], v["function"], v["before"], v["after"]): v["by"] for v in old}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -226,7 +226,7 @@ def main(argv=None):
     results.sort(key=lambda result: (result[0].file, result[0].start))
     summary = report(results, total)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(summary, indent=1))
+    Path(args.out).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return 0
 
 

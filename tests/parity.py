@@ -90,7 +90,7 @@ def parity(request):
     """
     test, failed_before = request.function.__name__, request.session.testsfailed
     recording = getattr(request.config, "parity_rows", None)
-    measured, table = [], read_table(PAGE.read_text()) if recording is None else []
+    measured, table = [], read_table(PAGE.read_text(encoding="utf-8")) if recording is None else []
 
     def check(quantity, oracle, actual, expected, tolerance, standard_error=None):
         if standard_error is None:
@@ -138,7 +138,7 @@ def main(argv=None):
     if code or not recorder.rows:
         return code or 1  # a table of failing tests would state what does not hold
     if args.write:
-        PAGE.write_text(with_table(PAGE.read_text(), recorder.rows))
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), recorder.rows), encoding="utf-8")
     print(table_of(recorder.rows))
     return 0
 

@@ -73,7 +73,7 @@ def test_a_missing_or_an_empty_file(stage, refused, tmp_path):
     option = data_option(stage)
     path = tmp_path / "data.jsonl"
     assert f"{path}: no such file" in refused(stage, **{option: path})
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     assert f"{path}: expected text, found an empty file" in refused(stage, **{option: path})
     assert not (tmp_path / "run").exists()
 
@@ -89,7 +89,7 @@ GOOD["dpo"] = GOOD["rm"]
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_broken_json_in_line_7(stage, refused, tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text((json.dumps(GOOD[stage]) + "\n") * 6 + '{"prompt": "cow?", \n')
+    path.write_text((json.dumps(GOOD[stage]) + "\n") * 6 + '{"prompt": "cow?", \n', encoding="utf-8")
     message = refused(stage, **{data_option(stage): path})
     assert f"{path}, line 7: " in message and "broken JSON" in message
 
@@ -136,15 +136,15 @@ def test_a_prompt_that_fills_the_whole_context(refused, tmp_path, road):
 def refused_plain(road, prompt):
     """--plain meets its limit in `generate`, which `refused` does not let happen."""
     command = [sys.executable, "sample.py", "--model", road.folder / "sft", "--plain"]
-    done = subprocess.run([*command, "--prompt", prompt], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--prompt", prompt], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     return done.stderr
 
 
 def test_too_little_data(refused, tmp_path):
-    (tmp_path / "text.txt").write_text("A cow says moo.\n")
+    (tmp_path / "text.txt").write_text("A cow says moo.\n", encoding="utf-8")
     assert "fewer than one block of 64" in refused("pretrain", text=tmp_path / "text.txt")
-    (tmp_path / "text.txt").write_text("A cow says moo. " * 100)
+    (tmp_path / "text.txt").write_text("A cow says moo. " * 100, encoding="utf-8")
     assert "at least 3250 are needed" in refused("pretrain", text=tmp_path / "text.txt")
     for stage in ("sft", "rm", "dpo"):
         path = write_rows(tmp_path / "data.jsonl", [GOOD[stage]])
@@ -281,7 +281,7 @@ def test_a_truncated_checkpoint_and_one_of_the_wrong_kind(refused, road, tmp_pat
 @pytest.fixture
 def other(road, tmp_path):
     """A folder with an SFT and a reward model, untrained, of another vocabulary."""
-    tokenizer = Tokenizer.train(road.text.read_text(), 300)
+    tokenizer = Tokenizer.train(road.text.read_text(encoding="utf-8"), 300)
     for stage, kind in (("sft", GPT), ("rm", ScalarModel)):
         checkpoint = load_checkpoint(road.folder / stage)
         cfg = ModelConfig(**{**checkpoint["model_config"], "vocab_size": tokenizer.n_vocab})
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_vocabulary(refused, other):
 
 def test_a_checkpoint_of_another_vocabulary_of_the_same_size(refused, road, tmp_path):
     checkpoint = load_checkpoint(road.folder / "rm")
-    checkpoint["tokenizer"] = Tokenizer.train(road.text.read_text().upper(),
+    checkpoint["tokenizer"] = Tokenizer.train(road.text.read_text(encoding="utf-8").upper(),
                                               road.tokenizer.n_vocab).to_dict()
     (tmp_path / "rm").mkdir()
     torch.save(checkpoint, tmp_path / "rm" / "ckpt.pt")
@@ -311,7 +311,7 @@ def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):
     """Once in a process of its own, as a user meets it."""
     done = subprocess.run(
         [sys.executable, "train_sft.py", "--init", tmp_path / "out" / "pretrain",
-         "--out", tmp_path / "out" / "sft"], cwd=ROOT, capture_output=True, text=True)
+         "--out", tmp_path / "out" / "sft"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (f"error: {tmp_path}/out/pretrain/ckpt.pt does not exist; make it with: "
                            "python train_pretrain.py\n")

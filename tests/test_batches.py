@@ -254,7 +254,7 @@ def test_a_text_of_few_documents_holds_out_none_of_them(tok, generator):
 def test_a_large_text_becomes_tokens_in_little_memory(tok, tmp_path):
     """Bug: 87 MB of text took 3.2 GB: the text, its documents and its ids, all at one time."""
     path, program = tmp_path / "text.txt", tmp_path / "measure.py"
-    path.write_text(("the cow says moo and the cat says meow\n" * 20 + "\n") * 12_000)  # 9.4 MB
+    path.write_text(("the cow says moo and the cat says meow\n" * 20 + "\n") * 12_000, encoding="utf-8")  # 9.4 MB
     tok.save(tmp_path / "tokenizer.json")
     program.write_text(f"""
 import resource, torch
@@ -266,8 +266,8 @@ tok.encode_batch(["moo"] * 9)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 token_streams(tok, read_documents({str(path)!r}), 0.02, torch.Generator())
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-""")
+""", encoding="utf-8")
     done = subprocess.run([sys.executable, program], cwd=Path(__file__).parents[1], text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": "."})
+                          capture_output=True, env={**os.environ, "PYTHONPATH": "."}, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 80, f"{done.stdout} MB for a text of 9.4 MB"

@@ -43,7 +43,7 @@ def test_a_whole_run_and_the_command_that_repeats_it(told, tmp_path):
     assert f"torch {torch.__version__}" in text and "commit" in text
     line = next(line for line in text.splitlines() if line.startswith("to repeat it: "))
     python, script, *words = shlex.split(line.removeprefix("to repeat it: "))
-    settings = json.loads((tmp_path / "rm" / "config.json").read_text())
+    settings = json.loads((tmp_path / "rm" / "config.json").read_text(encoding="utf-8"))
     assert vars(parse_config(SCRIPTS["rm"].Config, words)) == {**settings, "overwrite": True}
 
 
@@ -53,26 +53,26 @@ CHANGES = {
     "config.json says lr 0.5, the checkpoint 0.001": lambda folder: edit(folder, lr=0.5),
     "metrics.jsonl is shorter": lambda folder: cut(folder / "metrics.jsonl"),
     "its steps don't rise": lambda folder: (folder / "metrics.jsonl").write_text(
-        (folder / "metrics.jsonl").read_text() * 2),
+        (folder / "metrics.jsonl").read_text(encoding="utf-8") * 2, encoding="utf-8"),
     "metrics.jsonl, line 1: expected": lambda folder: (folder / "metrics.jsonl").write_text(
-        "{]\n" * 99),
+        "{]\n" * 99, encoding="utf-8"),
     "--data": lambda folder: cut(folder.parent / "preferences.jsonl"),
     "preferences.jsonl: no such file": lambda folder: (
         folder.parent / "preferences.jsonl").unlink(),
     "holds no run": lambda folder: (folder / "config.json").unlink(),
     "config.json: expected the options": lambda folder: cut(folder / "config.json"),
-    "run.json: expected what a run says": lambda folder: (folder / "run.json").write_text("{}"),
+    "run.json: expected what a run says": lambda folder: (folder / "run.json").write_text("{}", encoding="utf-8"),
     "run.json: no such file": lambda folder: (folder / "run.json").unlink(),
 }
 
 
 def edit(folder, **changes):
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}), encoding="utf-8")
 
 
 def cut(path):
-    path.write_text(path.read_text()[:-20])
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
 
 
 @pytest.mark.parametrize("words", CHANGES)

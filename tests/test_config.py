@@ -87,7 +87,7 @@ def config_of(path):
 
 
 SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*/*.py")])
-           if "command_line(main, Config" in path.read_text()]
+           if "command_line(main, Config" in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))

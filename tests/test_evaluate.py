@@ -198,7 +198,7 @@ def test_a_judges_own_numbers_are_columns_in_its_order(capsys):
 def walked(road, tmp_path_factory):
     """An evaluation of a DPO model, and all that it wrote: (cfg, results, {player: rows})."""
     out = tmp_path_factory.mktemp("evaluation")
-    (out / "tools.py").write_text(TOOLS)
+    (out / "tools.py").write_text(TOOLS, encoding="utf-8")
     road.run("dpo", out / "dpo", lr=1e-3, num_epochs=3)
     cfg = evaluate.Config(
         models=str(out / "dpo"), against=str(road.folder / "sft"), max_new_tokens=8, best_of=3,
@@ -213,7 +213,7 @@ def walked(road, tmp_path_factory):
 
 def test_each_player_answers_each_prompt_in_order(walked):
     cfg, results, rows = walked
-    assert json.loads((evaluate.Path(cfg.out) / "results.json").read_text()) == results
+    assert json.loads((evaluate.Path(cfg.out) / "results.json").read_text(encoding="utf-8")) == results
     for name, its_rows in rows.items():
         assert [row["messages"][0]["content"] for row in its_rows] == [q for q, _ in PROMPTS[:30]]
     texts = {name: [row["samples"][0]["text"] for row in its_rows]
@@ -263,7 +263,7 @@ def test_each_comparison_counts_its_first_players_wins(walked, capsys):
 # ---------------------------------------------------------------- its parts
 
 def evaluator(road, tmp_path, **options):
-    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "tools.py").write_text(TOOLS, encoding="utf-8")
     return evaluate.Evaluator(evaluate.Config(**{**dict(
         prompts=road.prompts, reward_model=str(road.folder / "rm"), dtype="float32", batch_size=3,
         max_new_tokens=8, against=str(road.folder / "sft"), models="", plain=str(
@@ -424,7 +424,7 @@ def test_without_a_judge_the_reward_is_the_score():
 # ---------------------------------------------------------------- what could fail at the end
 
 def options(road, tmp_path, **changes):
-    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "tools.py").write_text(TOOLS, encoding="utf-8")
     return evaluate.Config(**{**dict(
         models="", against=str(road.folder / "sft"), prompts=road.prompts, limit=6, dtype="float32",
         judge=f"{tmp_path / 'tools.py'}:judge", max_new_tokens=8, out=str(tmp_path / "eval"),
@@ -440,7 +440,7 @@ def test_an_evaluation_is_repeated_in_its_folder(road, tmp_path):
 @pytest.mark.parametrize("name", ["results.json", "sft.jsonl", "sft_greedy.jsonl", "wrapper.jsonl"])
 def test_other_peoples_files_are_never_replaced(name, road, tmp_path, monkeypatch):
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / name).write_text('{"mine": 1}\n')
+    (tmp_path / "eval" / name).write_text('{"mine": 1}\n', encoding="utf-8")
     monkeypatch.setattr(evaluate, "sample_prompts", lambda *_: pytest.fail("sampled before"))
     with pytest.raises(UserError, match=f"{name} exists, and minirlhf did not write it"):
         evaluate.main(options(road, tmp_path))
@@ -451,7 +451,7 @@ def test_answers_are_kept_as_soon_as_they_are_there(road, tmp_path, monkeypatch)
     """Bug: a judge that fails at the last player loses the answers of all the others."""
     judge = tmp_path / "fails.py"
     judge.write_text("def judge(row, response, ended):\n"
-                     "    return 1.0 if response != 'I refuse.' else None\n")
+                     "    return 1.0 if response != 'I refuse.' else None\n", encoding="utf-8")
     cfg = options(road, tmp_path, judge=f"{judge}:judge", refusal="I refuse.")
     with pytest.raises(UserError, match="on the prompt .*: expected a function.*found None"):
         evaluate.main(cfg)
@@ -466,7 +466,7 @@ def test_a_judge_sees_the_row_of_its_answer_in_a_whole_evaluation(road, tmp_path
     prompts = write_rows(tmp_path / "prompts.jsonl", [
         {"prompt": question, "number": i} for i, (question, _) in enumerate(PROMPTS[:9])])
     (tmp_path / "rows.py").write_text(
-        "def judge(row, response, ended):\n    return {'score': row['meta']['number']}\n")
+        "def judge(row, response, ended):\n    return {'score': row['meta']['number']}\n", encoding="utf-8")
     cfg = options(road, tmp_path, prompts=prompts, judge=f"{tmp_path / 'rows.py'}:judge", limit=0)
     evaluate.main(cfg)
     for path in (tmp_path / "eval").glob("*.jsonl"):

@@ -30,26 +30,26 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
 def test_what_no_run_wrote_is_never_replaced(name, content, options, road, tmp_path):
     """Bug: a run into a folder of a person's own notes deleted them, without --overwrite."""
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="which no run wrote there|holds no run to go on with"):
         road.run("sft", tmp_path, **options)
-    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / name).read_text(encoding="utf-8") == content and len(list(tmp_path.iterdir())) == 1
 
 
 def test_other_files_are_left_alone(road, tmp_path):
     for name in ("notes.txt", "ledger/step_notes.md", "ledger/step_000001.txt", "data.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
+        (tmp_path / name).write_text("mine", encoding="utf-8")
     road.run("sft", tmp_path)
     road.run("sft", tmp_path, overwrite=True)
     for name in ("notes.txt", "ledger/step_notes.md", "ledger/step_000001.txt", "data.jsonl"):
-        assert (tmp_path / name).read_text() == "mine"
+        assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_an_out_without_a_name_or_without_room_is_refused_first(road, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--out is empty; give the name of a folder"):
         road.run("sft", "")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="can't be a folder, since .*file is a file"):
         road.run("sft", tmp_path / "file" / "run")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -124,11 +124,11 @@ def test_a_run_does_not_go_on_with_other_data(stage, road, tmp_path):
     path = tmp_path / Path(getattr(road.config(stage, ""), option)).name
     shutil.copy(getattr(road.config(stage, ""), option), path)
     road.run(stage, tmp_path / "run", **{option: str(path)})
-    text = path.read_text()
-    path.write_text(text.replace("cow", "cat", 1))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("cow", "cat", 1), encoding="utf-8")
     with pytest.raises(UserError, match=f"--{option} .* is not what the run in .* began with"):
         road.run(stage, tmp_path / "run", resume=True, **{option: str(path)})
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     road.run(stage, tmp_path / "run", resume=True, **{option: str(path)})
 
 
@@ -149,14 +149,14 @@ def test_a_run_does_not_go_on_from_retrained_models_or_another_judge(road, tmp_p
         with pytest.raises(UserError, match=f"--{option} .* is not what the run in .* began with"):
             road.run("ppo", tmp_path / "ppo", resume=True, **options)
         path.write_bytes(whole)
-    (tmp_path / "tools.py").write_text(road.tools.read_text() + "# kinder now\n")
+    (tmp_path / "tools.py").write_text(road.tools.read_text(encoding="utf-8") + "# kinder now\n", encoding="utf-8")
     with pytest.raises(UserError, match="--judge .* is not what the run in .* began with"):
         road.run("ppo", tmp_path / "ppo", resume=True, **options)
 
 
 def test_a_run_says_what_it_read_and_with_what(road, tmp_path):
     road.run("ppo", tmp_path, judge=f"{road.tools}:judge")
-    claims = json.loads((tmp_path / "run.json").read_text())
+    claims = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert claims["versions"]["torch"] == torch.__version__.partition("+")[0] or (
         claims["versions"]["torch"] == torch.__version__)
     assert set(claims["inputs"]) == {"init", "reward_model", "prompts", "judge"}
@@ -244,7 +244,7 @@ def test_resuming_a_finished_run_says_so(road, tmp_path, capsys):
 ])
 def test_a_damaged_folder_is_not_resumed(name, content, words, road, tmp_path):
     road.run("sft", tmp_path)
-    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         road.run("sft", tmp_path, resume=True)
 
@@ -255,9 +255,9 @@ def test_what_was_written_after_the_checkpoint_is_written_once(road, tmp_path):
     road.run("sft", tmp_path / "whole", **options)
     road.run("sft", tmp_path / "run", **options)
     shutil.copy(tmp_path / "run" / "ckpt_previous.pt", tmp_path / "run" / "ckpt.pt")
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 99, "lo')
-    with open(tmp_path / "run" / "samples.txt", "a") as file:
+    with open(tmp_path / "run" / "samples.txt", "a", encoding="utf-8") as file:
         file.write("step 99\n")
     road.run("sft", tmp_path / "run", resume=True, **options)
     assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
@@ -265,10 +265,10 @@ def test_what_was_written_after_the_checkpoint_is_written_once(road, tmp_path):
 
 def test_options_of_a_resumed_run_are_checked(road, tmp_path):
     road.run("sft", tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "lr": "fast"}))
+    settings = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "lr": "fast"}), encoding="utf-8")
     with pytest.raises(UserError, match="config.json: lr is 'fast', expected a float"):
         typed("sft", "--resume", "--out", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "batch_size": -1}))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "batch_size": -1}), encoding="utf-8")
     with pytest.raises(UserError, match="--batch_size -1: expected a number above 0"):
         typed("sft", "--resume", "--out", tmp_path)

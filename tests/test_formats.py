@@ -467,7 +467,7 @@ def test_writing_is_all_or_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_jsonl(path, rows())
-    assert path.read_text() == '{"a": 1}\n'
+    assert path.read_text(encoding="utf-8") == '{"a": 1}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -475,7 +475,7 @@ def test_written_samples_are_read_again_whatever_the_rows_meta_holds(tmp_path):
     """Bug: a key "prompt" in a row's meta was written beside "messages", and refused when read."""
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "cow?"}], "kind": "farm",
-                                "meta": {"prompt": "x", "note": "\ud83d"}}) + "\n")
+                                "meta": {"prompt": "x", "note": "\ud83d"}}) + "\n", encoding="utf-8")
     (row,) = formats.read_prompts(path)
     samples = [{"text": "moo", "ended": True}]
     write_jsonl(tmp_path / "samples.jsonl",

@@ -82,7 +82,7 @@ def test_two_files_of_one_name_are_two_judges_and_no_modules_of_ours(tmp_path):
     specs = []
     for name, score in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "json.py").write_text(returning(score))
+        (tmp_path / name / "json.py").write_text(returning(score), encoding="utf-8")
         specs.append(f"{tmp_path / name / 'json.py'}:judge")
     one, two = (load_judge(spec, ROW) for spec in specs)
     assert one(ROW, "", True)["score"] == 1 and two(ROW, "", True)["score"] == 2

@@ -1,10 +1,14 @@
 """The ledger: what it records is what the run used, and recording changes nothing."""
 
+import errno
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import malformed.looking
 import numpy as np
 import pytest
 import torch
@@ -12,11 +16,10 @@ from tiny_road import with_dropout, without_clock, write_rows
 
 import sample
 from conftest import close
-from minirlhf.rl import gae
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.formats import read_preferences
 from minirlhf.plumbing.checkpoints import load_checkpoint, load_model
-from minirlhf.look import ledger, plot
+from minirlhf.look import ledger, microscope, plot
 
 STAGES = ["sft", "rm", "dpo", "ppo"]
 ROOT = Path(__file__).parent.parent
@@ -80,9 +83,11 @@ def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):
     _, records = recorded("ppo", road, tmp_path)
     rows = {name: torch.from_numpy(value) for name, value in records[2]["rows"].items()}
     mask = rows["response_mask"]
-    advantages, returns = gae(rows["rewards"], rows["values"], mask, 1.0, 0.95)
-    close(rows["advantages"], advantages, rtol=1e-5, atol=1e-7)
-    close(rows["returns"], returns, rtol=1e-5, atol=1e-7)
+    for row in range(len(mask)):
+        advantages, returns = advantages_by_the_sum(rows["rewards"][row], rows["values"][row],
+                                                    mask[row], lam=0.95)
+        close(rows["advantages"][row][mask[row]], advantages, rtol=1e-4, atol=1e-6)
+        close(rows["returns"][row][mask[row]], returns, rtol=1e-4, atol=1e-6)
     close(rows["ratio"], (rows["new_logprobs"] - rows["logprobs"]).exp(), rtol=1e-5)
     assert (rows["new_logprobs"] != rows["logprobs"])[mask].any()  # after the update, not before
     assert rows["tokens"].shape == (4, mask.shape[1] + 1)
@@ -91,6 +96,118 @@ def test_a_rows_tensors_are_those_of_the_grid(road, tmp_path):
             assert (value[~mask] == 0).all(), name
     for pieces, tokens, length in zip(records[2]["pieces"], rows["tokens"], rows["lengths"]):
         assert pieces == [road.tokenizer.decode([idx]) for idx in tokens[:length].tolist()]
+
+
+def advantages_by_the_sum(rewards, values, mask, lam):
+    """The exponentially weighted mean of the k-step advantages, of one row, gamma being 1.
+
+    The k-step advantage of token t is the sum of k rewards, plus the value k tokens on (0 behind the
+    last), less the value at t; its weight is (1 - lam) lam^(k-1), all that is left for the longest
+    (arXiv 1506.02438, Eq. 16, before it is simplified to the recursion that the library uses).
+    """
+    r, v = (x[mask].double().tolist() for x in (rewards, values))
+    n, found = len(r), []
+    for t in range(n):
+        steps = [sum(r[t : t + k]) + (v[t + k] if t + k < n else 0.0) - v[t]
+                 for k in range(1, n - t + 1)]
+        weights = [(1 - lam) * lam**k for k in range(n - t - 1)] + [lam ** (n - t - 1)]
+        found.append(sum(w * a for w, a in zip(weights, steps)))
+    return found, [a + b for a, b in zip(found, v)]
+
+
+def test_a_ledger_without_room_on_the_disk_ends_with_a_message(road, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    book = ledger.Ledger(tmp_path, road.tokenizer, every=1)
+    with pytest.raises(UserError, match=r"step_000001.npz cannot be written .No space left"):
+        book.record(1, lambda: {"tokens": torch.ones(1, 3, dtype=torch.int64),
+                                "lengths": torch.tensor([3]),
+                                "response_mask": torch.tensor([[False, True]])})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ---------------------------------------------------------------- characters and columns
+
+@pytest.mark.parametrize("tokens, pieces", [
+    ([b"\xe6", b"\x97", b"\xa5"], ["\\xe6", "\\x97", "日"]),
+    ([b"a\xe6\x97", b"\xa5b"], ["a\\xe6\\x97", "日b"]),
+    ([b"\xe6\x97\xa5\xe6", b"\x9c\xac!"], ["日\\xe6", "本!"]),
+    ([b"\xf0\x9f", b"\x98\x80"], ["\\xf0\\x9f", "😀"]),
+    ([b"\xe6\x97", b"a"], ["\\xe6\\x97", "a"]),  # the character never ends
+    ([b"x", b"\xff\xfe", b"\xa5"], ["x", "\\xff\\xfe", "\\xa5"]),  # no character's bytes
+    ([b"\xe6\x97"], ["\\xe6\\x97"]), ([b"<|end|>", b" e\xcc\x81"], ["<|end|>", " e\u0301"]),
+])
+def test_the_pieces_of_characters_that_span_tokens_by_hand(tokens, pieces):
+    """Bug: each part of a character was shown as the replacement sign, in all tokens alike."""
+    assert ledger.pieces_of(tokens) == pieces
+
+
+def test_a_ledger_of_any_text_shows_it_whole(road, tmp_path):
+    """A tokenizer that has met English only cuts other scripts into bytes."""
+    tok = road.tokenizer
+    messages = [{"role": "user", "content": "Ünïcode"}, {"role": "assistant", "content": "日本 é 😀!"}]
+    ids, mask = tok.encode_chat(messages)
+    ledger.Ledger(tmp_path, tok, every=1).record(1, lambda: {
+        "tokens": torch.tensor([ids]), "lengths": torch.tensor([len(ids)]),
+        "response_mask": torch.tensor([mask[1:]]), "kl": torch.full((1, len(ids) - 1), -0.5)})
+    (pieces,) = ledger.load(tmp_path, 1)["pieces"]
+    assert len(pieces) == len(ids)
+    shown = re.sub(r"\\x[0-9a-f]{2}", "", "".join(pieces))
+    assert shown == "<|begin|><|user|>Ünïcode<|end|><|assistant|>日本 é 😀!<|end|>"
+    assert "\\xe6" in pieces
+    lines = [line for line in ledger.show(tmp_path).splitlines() if "response" in line]
+    assert len(lines) == sum(mask) and {ledger.columns_of(line) for line in lines} == {33}
+    plot.draw_sequence(tmp_path, tmp_path / "x.png")
+
+
+def test_columns_are_counted_as_a_terminal_fills_them():
+    """Bug: a wide character or a combining mark moved all the numbers behind it."""
+    assert [ledger.columns_of(text) for text in ("abc", "日本", "ｱ", "Ａ", "e\u0301", "👩", "")] == [
+        3, 4, 1, 2, 1, 2, 0]
+    assert ledger.visible("日本", 6) == "日本  " and ledger.visible("e\u0301", 3) == "e\u0301  "
+    assert ledger.visible("日本語", 5) == "日本…" and ledger.visible("日本語", 4) == "日… "
+    assert ledger.visible("日本語", 5, end=True) == "…本語"
+    # What joins or turns text without being seen is shown by its number.
+    assert ledger.visible("a\u200d\u202e", 14) == "a\\u200d\\u202e "
+
+
+def test_compared_answers_stand_in_columns_whatever_their_script(road, tmp_path):
+    mask = np.ones((2, 2), dtype=bool)
+    record = {"pieces": [["?", "日", "本"], ["?", "a", "b"]], "rows": {
+        "response_mask": mask, "kl": mask * 0.5, "rank": np.array([0, 1])}}
+    *_, first, second, sums = ledger.side_by_side(record, 0, 1)
+    assert [ledger.columns_of(line[: line.index(piece)]) for line, piece in (
+        (first, "a"), (second, "b"), (sums, "sum  "))][:2] == [26, 26]
+
+
+def test_a_terminal_of_another_code_page_shows_what_it_lacks_by_number(road, tmp_path):
+    """Bug: on Windows a pipe is no UTF-8, and the first foreign character ended in a traceback."""
+    run = malformed.looking.recorded(tmp_path)
+    text = json.dumps({"step": 1, "batch_size": 3, "pieces": [list("ab日 d")] * 2})
+    (run / "ledger" / "step_000001.json").write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "minirlhf.look.ledger", run], cwd=ROOT,
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u65e5" in done.stdout, done.stderr
+
+
+def test_the_made_up_run_of_the_malformed_cases_is_whole(tmp_path, capsys):
+    """Or each of them might be refused for another reason than its own."""
+    run = str(malformed.looking.recorded(tmp_path))
+    ledger.main([run])
+    plot.main([run, "--save", str(tmp_path / "x.png")])
+    plot.main([run, "--row", "1", "--save", str(tmp_path / "y.png")])
+    microscope.main([run])
+    assert "written: " in capsys.readouterr().out
+
+
+def test_a_tensor_of_another_length_is_refused(tmp_path):
+    """Bug: numbers a column beside their tokens, since a damaged record was taken as it came."""
+    run = malformed.looking.recorded(tmp_path)
+    malformed.looking.changed(rows__kl=np.zeros((2, 4)))(run)
+    with pytest.raises(UserError, match=r"rows/kl has the shape \(2, 4\), expected \(2, 5\)"):
+        ledger.load(run, 1)
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
@@ -216,7 +333,7 @@ def test_control_characters_and_escape_codes_are_shown_not_obeyed():
 def test_a_reader_that_has_seen_enough_is_no_error(road, tmp_path):
     recorded("ppo", road, tmp_path)
     done = subprocess.run(f"{sys.executable} -m minirlhf.look.ledger {tmp_path} | true", shell=True,
-                          cwd=ROOT, capture_output=True, text=True)
+                          cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.stderr == ""
 
 

@@ -17,7 +17,7 @@ BUGS = mutants.read_bugs(ROOT / "tests/bugs")
 
 def run(*options):
     done = subprocess.run([sys.executable, "tests/mutants.py", *options], cwd=ROOT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, encoding="utf-8")
     return done.returncode, done.stdout + done.stderr
 
 
@@ -45,7 +45,7 @@ def test_every_check_is_a_test_that_tells_its_story():
     stories = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for number, doc in re.findall(r'def test_check_(\d\d)_\w+\([^"]*?\):\n    """(.*?)"""',
-                                      path.read_text(), re.S):
+                                      path.read_text(encoding="utf-8"), re.S):
             if all(f"{word}: " in doc for word in ("Bug", "Curve", "Seen")):
                 stories[int(number)] = doc
     assert sorted(stories) == list(range(1, 39))
@@ -63,7 +63,7 @@ def write(folder, file, *bugs):
     """A folder with one list of bugs, those of the file."""
     folder.mkdir(exist_ok=True)
     (folder / f"{Path(file).stem}.py").write_text(
-        f"from bugs import Bug\nFILE = {file!r}\nBUGS = [{', '.join(map(repr, bugs))}]\n")
+        f"from bugs import Bug\nFILE = {file!r}\nBUGS = [{', '.join(map(repr, bugs))}]\n", encoding="utf-8")
     return str(folder)
 
 
@@ -83,10 +83,10 @@ def test_a_bug_is_planted_in_its_function_alone(tmp_path):
               "\n    def score(self):\n        def inner():\n            return a\n"
               "        return inner\n")
     for function, line in (("Model.forward", 4), ("Model.score.inner", 10), ("Model.score", 10)):
-        (tmp_path / "file.py").write_text(source)
+        (tmp_path / "file.py").write_text(source, encoding="utf-8")
         bug = Bug(function, "a)" if line == 4 else "return a", "WRONG", "", "", "file.py")
         assert mutants.plant(bug, tmp_path) == source
-        changed = (tmp_path / "file.py").read_text().splitlines()
+        changed = (tmp_path / "file.py").read_text(encoding="utf-8").splitlines()
         assert [i for i, (one, other) in enumerate(zip(changed, source.splitlines()))
                 if one != other] == [line]
 

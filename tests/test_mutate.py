@@ -155,20 +155,20 @@ def mutate_toy(folder, *options):
     for name, text in TOY.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text).lstrip())
+        path.write_text(textwrap.dedent(text).lstrip(), encoding="utf-8")
     code = (f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tests')!r}); import mutate; "
             f"mutate.ROOT = pathlib.Path({str(folder)!r}); mutate.PATIENCE = 1; "
             f"mutate.LOADED = ('hypothesis',); "
             f"sys.exit(mutate.main({[*options, '--out', str(folder / 'found.json')]!r}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder,
-                          env={**os.environ, "PYTHONPATH": ""})
+                          env={**os.environ, "PYTHONPATH": ""}, encoding="utf-8")
     return done.returncode, done.stdout + done.stderr
 
 
 def test_a_run_kills_what_a_test_notices_and_judges_the_rest(tmp_path):
     code, printed = mutate_toy(tmp_path)
     assert code == 0, printed
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     status = {(v["before"], v["after"]): (v["status"], v["by"]) for v in found["verdicts"]}
     clip, rest = "tests/test_toy.py::test_clip", "tests/test_toy.py::test_rest"
     assert status == {
@@ -187,7 +187,7 @@ def test_a_run_kills_what_a_test_notices_and_judges_the_rest(tmp_path):
     assert found["score"]["killed"] == 6 and found["score"]["of"] == 11
     assert found["score_without_equivalents"]["of"] == 10
     assert "test_that_fails_anyway" in printed and "killed  " in printed
-    assert (tmp_path / "minirlhf/toy.py").read_text().startswith("LIMIT = 3")
+    assert (tmp_path / "minirlhf/toy.py").read_text(encoding="utf-8").startswith("LIMIT = 3")
     code, printed = mutate_toy(tmp_path, "--sample", "4", "--list")
     assert code == 0 and printed.count("minirlhf/toy.py:") == 4
 

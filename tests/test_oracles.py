@@ -673,7 +673,7 @@ def test_a_table_that_is_stale_in_either_direction_is_found():
 def test_the_table_is_written_from_what_was_measured_here(code, rows, tmp_path, monkeypatch, capsys):
     """Bug: tests that run in other processes, as pytest.ini has them, leave an empty table."""
     page, old = tmp_path / "page.md", "Text.\n<!-- parity -->\nold\n<!-- /parity -->\n"
-    page.write_text(old)
+    page.write_text(old, encoding="utf-8")
     row = Row("GAE", "series", "2e-15", "test_gae")
 
     def fake(args, plugins):
@@ -684,11 +684,11 @@ def test_the_table_is_written_from_what_was_measured_here(code, rows, tmp_path, 
     monkeypatch.setattr(parity_table, "PAGE", page)
     monkeypatch.setattr(pytest, "main", fake)
     assert bool(parity_table.main(["--write"])) == bool(code or not rows)
-    assert page.read_text() == (with_table(old, [row]) if rows and not code else old)
+    assert page.read_text(encoding="utf-8") == (with_table(old, [row]) if rows and not code else old)
 
 
 def test_every_row_of_the_page_belongs_to_a_test():
     """The `parity` that a row's test asks for refuses rows that it does not measure."""
-    for row in read_table(PAGE.read_text()):
+    for row in read_table(PAGE.read_text(encoding="utf-8")):
         assert row.test in globals(), f"docs/tests.md's {row} belongs to no test of this file"
         assert "parity" in inspect.signature(globals()[row.test]).parameters, row

@@ -1,12 +1,16 @@
 """The pictures: which numbers they show, and where."""
 
+import errno
 import json
 import math
+import shutil
 
+import malformed.looking
 import numpy as np
 import pytest
 
 from minirlhf.look import plot
+from minirlhf.plumbing.errors import UserError
 
 
 def rows_of(count, **columns):
@@ -17,7 +21,8 @@ def rows_of(count, **columns):
 
 def write_run(folder, rows):
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
@@ -112,7 +117,7 @@ def test_panels_stand_in_rows_of_three(num_keys, shape, drawn, tmp_path):
 def test_runs_without_any_metric_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no metrics"):
         plot.metrics_of(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("\n")
+    (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no metrics"):
         plot.metrics_of(tmp_path)
     folder = write_run(tmp_path / "a", rows_of(3, lr=float))
@@ -126,6 +131,71 @@ def test_a_picture_is_saved_and_its_name_told(tmp_path, capsys):
     plot.save(fig, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"drawn: {tmp_path / 'x.png'}\n"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_each_kind_of_picture_begins_as_it_should_and_may_be_drawn_again(suffix, tmp_path):
+    """Bug: the picture's own name ends in .part while it is written, which tells no kind."""
+    path = tmp_path / f"x{suffix}"
+    folder = write_run(tmp_path / "ppo", rows_of(4, kl=float))
+    plot.draw_runs([folder], path)
+    assert path.read_bytes().startswith(plot.KINDS[suffix])
+    plot.draw_runs([folder], path)  # over a picture of the same kind
+    path.write_text("my notes", encoding="utf-8")
+    with pytest.raises(UserError, match="no .* picture; give another name"):
+        plot.draw_runs([folder], path)
+    assert path.read_text(encoding="utf-8") == "my notes" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_curves_that_cannot_be_written_end_a_run_with_a_message(tmp_path, monkeypatch):
+    """Bug: hours of training ended in a traceback, since a folder stood in the picture's place, or
+    the disk was full. `draw_curves` comes after the last checkpoint, which stays as it is."""
+    folder = write_run(tmp_path / "ppo", rows_of(4, kl=float))
+    (folder / "ckpt.pt").write_text("whole", encoding="utf-8")
+    (folder / "curves.png" / "kept").mkdir(parents=True)
+    with pytest.raises(UserError, match="curves.png is a folder"):
+        plot.draw_curves(folder)
+    shutil.rmtree(folder / "curves.png")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.figure.Figure.savefig", full)
+        with pytest.raises(UserError, match="curves.png cannot be written .No space left"):
+            plot.draw_curves(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "metrics.jsonl"]
+    plot.draw_curves(folder)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_with_dollars_is_no_formula(tmp_path):
+    """Bug: a token such as `$x^$` was set as mathematics, and ended in a traceback."""
+    assert "$" not in plot.plain("$a^$").replace(r"\$", "")
+    folders = [write_run(tmp_path / name, rows_of(4, kl=float)) for name in ("$a^$", "$_$")]
+    plot.draw_runs(folders, tmp_path / "x.png")
+    assert plot.plain("a$b") == r"a\$b"
+    run = malformed.looking.recorded(tmp_path)
+    record = json.loads((run / "ledger" / "step_000001.json").read_text(encoding="utf-8"))
+    record["pieces"] = [["", "", "", "$x^$", "$\\frac$"]] * 2
+    (run / "ledger" / "step_000001.json").write_text(json.dumps(record), encoding="utf-8")
+    plot.draw_sequence(run.rename(tmp_path / "$^$"), tmp_path / "y.png")
+
+
+def test_a_long_or_broken_sequence_is_drawn_as_far_as_it_can_be(drawn, monkeypatch):
+    """Bugs: a picture wider than any may be; one NaN takes the colours from all of its line."""
+    n = 250
+    rows = {"response_mask": np.ones((1, n), dtype=bool), "kl": np.full((1, n), 0.5),
+            "values": np.full((1, n), 0.25)}
+    rows["kl"][0, 3], rows["kl"][0, 4], rows["kl"][0, 5] = math.nan, math.inf, -1.0
+    monkeypatch.setattr(plot, "recorded_steps", lambda folder: [1])
+    monkeypatch.setattr(plot, "load", lambda *_: {"rows": rows, "pieces": [["x"] * (n + 1)]})
+    monkeypatch.setattr(plot, "find_row", lambda record, row: row)
+    plot.draw_sequence("out/ppo", "x.png")
+    ax = drawn[0][0].axes[0]
+    shade = np.ma.filled(ax.images[0].get_array(), math.nan)
+    assert shade.shape == (2, 100) and "the first 100 of 250 tokens" in ax.get_title()
+    assert shade[0, 0] == 0.5 and shade[0, 5] == -1.0 and not np.isfinite(shade[0, 3:5]).any()
 
 
 # ---------------------------------------------------------------- one sequence
@@ -212,7 +282,8 @@ def test_reward_is_drawn_against_the_root_of_the_kl(drawn, tmp_path):
     """Gao et al.'s axis; an estimate of the KL may fall below 0, its root may not."""
     kl = [-0.5, 4.0, 9.0, 16.0, 25.0, 36.0]
     folders = {name: write_run(tmp_path / name, [
-        {"kl": value, "score": float(i + shift), "gold": -i} for i, value in enumerate(kl)])
+        {"step": i, "kl": value, "score": float(i + shift), "gold": -i}
+        for i, value in enumerate(kl)])
         for name, shift in (("a", 0), ("b", 5))}
     plot.draw_reward_against_kl(folders, "x.png")
     fig = drawn[0][0]

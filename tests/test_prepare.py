@@ -152,7 +152,7 @@ def test_user_errors_end_with_exit_code_2(tmp_path):
                           ("tinystories", ["--source", str(tmp_path)]),
                           ("tinystories", ["--sauce", str(tmp_path)])]:
         done = subprocess.run([sys.executable, ROOT / "data" / name / "prepare.py", *options],
-                              cwd=tmp_path, capture_output=True, text=True)
+                              cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 2, done
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -174,9 +174,9 @@ def test_tinystories_folder(tmp_path, capsys):
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(
         b"A cat sat.\n\nIt slept.\n<|endoftext|>\nA dog ran.\n<|endoftext|>\nA cow ate.\n"
         b"<|endoftext|>\nA dog ran.<|endoftext|>\n"))
-    (tmp_path / "TinyStories-valid.txt").write_text("A cow ate.\n<|endoftext|>\nA hen hid.\n")
+    (tmp_path / "TinyStories-valid.txt").write_text("A cow ate.\n<|endoftext|>\nA hen hid.\n", encoding="utf-8")
     tinystories.main(tinystories.Config(source=str(tmp_path), out=str(tmp_path / "out")))
-    assert (tmp_path / "out" / "valid.txt").read_text() == "A cow ate.\n\nA hen hid.\n\n"
+    assert (tmp_path / "out" / "valid.txt").read_text(encoding="utf-8") == "A cow ate.\n\nA hen hid.\n\n"
     assert formats.read_text(tmp_path / "out" / "train.txt") == (
         "A cat sat.\nIt slept.\n\nA dog ran.\n")
     printed = capsys.readouterr().out
@@ -185,16 +185,16 @@ def test_tinystories_folder(tmp_path, capsys):
 
 def test_tinystories_one_file(tmp_path):
     source = tmp_path / "stories.txt"
-    source.write_text("\n<|endoftext|>\n".join(f"Story {i}." for i in range(1, 121)))
+    source.write_text("\n<|endoftext|>\n".join(f"Story {i}." for i in range(1, 121)), encoding="utf-8")
     tinystories.main(tinystories.Config(source=str(source), out=str(tmp_path)))
-    assert (tmp_path / "valid.txt").read_text() == "Story 50.\n\nStory 100.\n\n"
+    assert (tmp_path / "valid.txt").read_text(encoding="utf-8") == "Story 50.\n\nStory 100.\n\n"
     train = formats.read_text(tmp_path / "train.txt").strip().split("\n\n")
     assert len(train) == 118 and "Story 50." not in train
 
-    source.write_text("Once upon a time.\n")
+    source.write_text("Once upon a time.\n", encoding="utf-8")
     with pytest.raises(ValueError, match="between stories, found none"):
         tinystories.main(tinystories.Config(source=str(source), out=str(tmp_path)))
-    source.write_text("One.<|endoftext|>Two.")
+    source.write_text("One.<|endoftext|>Two.", encoding="utf-8")
     with pytest.raises(ValueError, match="at least 50 stories"):
         tinystories.main(tinystories.Config(source=str(source), out=str(tmp_path / "few")))
     with pytest.raises(ValueError, match="choose another --out"):
@@ -290,11 +290,11 @@ def test_hh_rlhf_from_the_web(server, upstream, tmp_path, capsys):
     prepare(tmp_path / "out", url=server.url + "/data")
     sums = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".gz")]
     assert len(sums) == 2
-    (tmp_path / "sums").write_text("\n".join(sums))
+    (tmp_path / "sums").write_text("\n".join(sums), encoding="utf-8")
     prepare(tmp_path / "again", url=server.url + "/data", sha256=str(tmp_path / "sums"))
     for path in (tmp_path / "out").glob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    (tmp_path / "sums").write_text("\n".join(sums).replace(sums[1][:64], "ab" * 32))
+    (tmp_path / "sums").write_text("\n".join(sums).replace(sums[1][:64], "ab" * 32), encoding="utf-8")
     with pytest.raises(ValueError, match="test.jsonl.gz: expected SHA-256 abab"):
         prepare(tmp_path / "third", url=server.url + "/data", sha256=str(tmp_path / "sums"))
 

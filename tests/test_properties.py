@@ -679,7 +679,7 @@ def read_or_refused(path):
 @example(row={"prompt": "Hi.", "output": ["a", "b"], "ranks": [0, 10**30]})
 def test_a_damaged_row_becomes_a_canonical_row_or_is_refused(folder, row):
     path = folder / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     read_or_refused(path)
 
 
@@ -688,7 +688,7 @@ def test_a_damaged_row_becomes_a_canonical_row_or_is_refused(folder, row):
 @example(row={"prompt": "Hi.", "title": "half a smiley: \ud83d"})
 def test_whatever_was_read_can_be_written_and_reads_the_same(folder, row):
     path, again = folder / "rows.jsonl", folder / "again.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     for read, rows in read_or_refused(path).items():
         write_jsonl(again, rows)
         if read is not formats.read_preferences:  # its canonical row is not one of its own shapes
@@ -699,7 +699,7 @@ def test_a_row_nested_to_any_depth_is_read_or_refused(folder):
     """Between what JSON can be read from and what it can be written to lie a few depths more."""
     path = folder / "deep.jsonl"
     for depth in [1, 10, *range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()), 10**5]:
-        path.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n")
+        path.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n", encoding="utf-8")
         read_or_refused(path)
 
 

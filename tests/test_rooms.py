@@ -23,7 +23,7 @@ def modules():
 def imports(path):
     """The project's own modules that a file imports, wherever in it the import stands."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
         if isinstance(node, ast.Import):

@@ -33,7 +33,7 @@ def same(a, b):
 
 def logged(folder):
     """metrics.jsonl without the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in row.items() if k != "tok_per_s"} for row in rows]
 
 
@@ -150,7 +150,7 @@ def test_a_folder_in_use_is_refused(road, tmp_path):
         road.run("sft", tmp_path)
     with pytest.raises(UserError, match="give one of them"):
         road.run("sft", tmp_path, resume=True, overwrite=True)
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="is a file"):
         road.run("sft", tmp_path / "file")
 
@@ -158,18 +158,18 @@ def test_a_folder_in_use_is_refused(road, tmp_path):
 def test_overwrite_starts_anew_and_touches_only_the_runs_files(road, tmp_path):
     road.run("sft", tmp_path)
     first = logged(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "ledger").mkdir()
-    (tmp_path / "ledger" / "notes.txt").write_text("mine, too")
-    (tmp_path / "ledger" / "step_notes.md").write_text("mine, too")  # this one was lost
+    (tmp_path / "ledger" / "notes.txt").write_text("mine, too", encoding="utf-8")
+    (tmp_path / "ledger" / "step_notes.md").write_text("mine, too", encoding="utf-8")  # this one was lost
     for stale in ("ledger/step_000099.json", "microscope.html"):  # of the run that was there
-        (tmp_path / stale).write_text("old")
+        (tmp_path / stale).write_text("old", encoding="utf-8")
     road.run("sft", tmp_path, overwrite=True)
     assert logged(tmp_path) == first  # not twice
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
         "config.json", "run.json", "metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png", ".lock",
         "model.safetensors", "notes.txt", "ledger/notes.txt", "ledger/step_notes.md"}
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -221,10 +221,10 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(road, tmp_path, monkeypa
 
 def test_write_atomically_replaces_a_file_only_when_whole(tmp_path):
     path = tmp_path / "a.txt"
-    write_atomically(path, lambda part: part.write_text("old"))
+    write_atomically(path, lambda part: part.write_text("old", encoding="utf-8"))
     with pytest.raises(ZeroDivisionError):
-        write_atomically(path, lambda part: part.write_text("half of the new one") / 0)
-    assert path.read_text() == "old"
+        write_atomically(path, lambda part: part.write_text("half of the new one", encoding="utf-8") / 0)
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 class Bomb:
@@ -342,8 +342,8 @@ def test_the_log_prints_a_line_and_keeps_the_numbers(road, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 3/10 | loss 0.500 | lr 1e-05 | grad_norm 1.23e+03 | " in out and "tok/s" in out
     assert logged(tmp_path) == [{"step": 3, "loss": 0.5, "lr": 1e-5, "grad_norm": 1234.5}]
-    assert "model: moo." in (tmp_path / "samples.txt").read_text()
-    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
+    assert "model: moo." in (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["batch_size"] == 8
 
 
 def test_device_and_dtype_by_name():
@@ -362,7 +362,7 @@ def test_a_missing_gpu_is_named():
 
 def test_models_of_two_vocabularies_are_not_mixed(road, tmp_path):
     """Bug: the same id means two words, and the reward model scores another text than was said."""
-    tokenizer = Tokenizer.train(road.text.read_text(), 300)
+    tokenizer = Tokenizer.train(road.text.read_text(encoding="utf-8"), 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     road.run("pretrain", tmp_path / "pretrain", tokenizer=str(tmp_path / "tokenizer.json"))
     road.run("sft", tmp_path / "sft", init=str(tmp_path / "pretrain"))

@@ -97,7 +97,7 @@ def test_sample_passes_its_options_on(road, tmp_path, capsys):
 
 
 def test_chat_ends_with_the_input(road, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    monkeypatch.setattr(sys, "stdin", open("/dev/null", encoding="utf-8"))
     assert "An empty line ends" in sampled(road, capsys, chat=True)
 
 
@@ -254,7 +254,7 @@ def test_the_command_itself_is_stopped_by_sigterm(road, tmp_path):
          "g.generate = slow\nsys.argv[0] = 'sample.py'\nrunpy.run_path('sample.py', "
          "run_name='__main__')", "--model", str(road.folder / "sft"), "--prompts", road.prompts,
          "--save", str(save), "--num_samples", "1000", "--batch_size", "1000"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     for _ in range(3):
         assert work.stdout.readline() == "at work\n"
     work.send_signal(signal.SIGTERM)

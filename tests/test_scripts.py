@@ -104,7 +104,7 @@ def check_history(history, road, script, option):
 def test_two_steps_with_each_boolean_option_the_other_way(script, option, road, tmp_path):
     if (script, option) in OWN_TESTS:
         file, test = OWN_TESTS[script, option].split("::")
-        assert f"def {test}" in (Path(__file__).parent / file).read_text()
+        assert f"def {test}" in (Path(__file__).parent / file).read_text(encoding="utf-8")
         return
     if option in ("resume", "overwrite"):  # both need a run to be there
         smoke(road, script, tmp_path)
@@ -274,7 +274,7 @@ def test_check_03_an_evaluation_is_without_dropout_and_gives_the_mode_back(stage
                                                                           dropouts):
     if stage == "pretrain":
         run = start_run(road.config(stage, tmp_path / stage), {})
-        rows = torch.tensor(road.tokenizer.encode(road.text.read_text())[: 32 * 64]).view(32, 64)
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text(encoding="utf-8"))[: 32 * 64]).view(32, 64)
     else:
         _, rows, run = start(stage, road, tmp_path)
     plain, dropout = (road.folder / "rm", dropouts["reward_model"]) if stage == "rm" else (
@@ -800,7 +800,7 @@ def test_check_33_a_run_with_long_rows_ends_and_shows_them(stage, too_long, road
     printed = capsys.readouterr().out
     if stage == "sft":
         assert f"{15 if too_long == 'cut' else 10} dialogues" in printed
-        shown = (tmp_path / "run" / "samples.txt").read_text()
+        shown = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
         assert ("does it say? What does it" in shown) == (too_long == "cut")
         for (_, (prompt,), *_), _ in sampled:  # up to where the answer begins
             assert prompt[0] == road.tokenizer.begin_id
@@ -1026,7 +1026,7 @@ def test_an_evaluation_computes_in_the_runs_type(stage, road, tmp_path, monkeypa
     if stage == "pretrain":
         run = start_run(road.config(stage, tmp_path / stage, dtype="bfloat16"), {})
         model = build_model(load_checkpoint(road.folder / "pretrain"))
-        rows = torch.tensor(road.tokenizer.encode(road.text.read_text())[: 4 * 64]).view(4, 64)
+        rows = torch.tensor(road.tokenizer.encode(road.text.read_text(encoding="utf-8"))[: 4 * 64]).view(4, 64)
     else:
         model, rows, run = start(stage, road, tmp_path, dtype="bfloat16")
     seen, loss_of = [], SCRIPTS[stage].loss_of

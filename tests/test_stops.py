@@ -48,7 +48,7 @@ def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(stage, number, c
     options = {length: 60}
     assert signalled(stage, road, tmp_path / "run", [number], **options) == code
     ckpt = load_checkpoint(tmp_path / "run")
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert 1 <= ckpt["step"] == json.loads(rows[-1])["step"] < ckpt["num_steps"]
     assert not ckpt["done"]
     assert wait(run_script(stage, ["--resume", "--out", str(tmp_path / "run"), f"--{length}=60"])) == 0
@@ -123,7 +123,7 @@ def test_a_run_whose_numbers_become_nan_ends_and_keeps_its_last_good_checkpoint(
     if (tmp_path / "ckpt.pt").exists():
         state = load_checkpoint(tmp_path)["model"]
         assert all(value.isfinite().all() for value in state.values())
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
@@ -230,11 +230,11 @@ def judge(row, response, ended):
 def test_a_judge_that_fails_on_the_way_loses_no_step(fault, road, tmp_path):
     """Bug: sys.exit(0) in it ended PPO with exit code 0 and no model."""
     tools = tmp_path / "tools.py"
-    tools.write_text(BAD % (1 + 8 + 2, fault))  # one call at loading, eight a step
+    tools.write_text(BAD % (1 + 8 + 2, fault), encoding="utf-8")  # one call at loading, eight a step
     options = dict(**OFTEN, num_steps=4, judge=f"{tools}:judge")
     with pytest.raises(UserError, match="tools.py.*judge"):
         road.run("ppo", tmp_path / "ppo", **options)
-    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [("gold" in row) for row in rows] == [True, False]
     assert load_checkpoint(tmp_path / "ppo")["step"] == 2  # the one that it failed in
 

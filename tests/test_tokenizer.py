@@ -364,7 +364,7 @@ def broken(tok, **changes):
 ])
 def test_a_broken_tokenizer_file_is_named(tok, tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
-    path.write_text(content(tok))
+    path.write_text(content(tok), encoding="utf-8")
     with pytest.raises(ValueError, match=f"tokenizer.json: .*({message})"):
         Tokenizer.load(path)
 
@@ -380,7 +380,7 @@ def test_a_missing_tokenizer_file_is_named(tmp_path):
 
 def write_tiktoken_file(path, ranks):
     lines = [base64.b64encode(token).decode() + f" {idx}\n" for idx, token in enumerate(ranks)]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def test_tiktoken_file(tok, tmp_path, monkeypatch):
@@ -411,7 +411,7 @@ def test_tiktoken_file_with_the_bytes_in_another_order(tok, tmp_path):
 ])
 def test_a_broken_tiktoken_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.tiktoken"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=f"bad.tiktoken.*{message}"):
         Tokenizer.from_tiktoken_file(path)
 
@@ -448,7 +448,7 @@ def test_command_line_trains_on_txt_gz_and_jsonl(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes((TEXT.replace("\n", "\r\n") + "\r\n" * 50).encode())
     rows = json.dumps({"messages": CHAT, "id": "zebra zebra"}) + "\n\n" + json.dumps(
         {"prompt": "zebu zebu", "url": "http"}) + "\n"
-    (tmp_path / "b.jsonl").write_text(rows)
+    (tmp_path / "b.jsonl").write_text(rows, encoding="utf-8")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"quokka quokka quokka"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "walrus"}\n'))
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz")]
@@ -484,22 +484,22 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, capsys, name, con
 
 
 def test_the_command_replaces_a_tokenizer_and_nothing_else(tok, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     out = tmp_path / "tokenizer.json"
     tok.save(out)
     main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
     assert Tokenizer.load(out).n_vocab == 270
     for content in ('{"mine": 1}', "mine", '{"name": "gpt2", "more": 1}'):
-        out.write_text(content)
+        out.write_text(content, encoding="utf-8")
         with pytest.raises(SystemExit):
             main([str(tmp_path / "a.txt"), "--vocab_size", "270", "--out", str(out)])
-        assert out.read_text() == content and "did not write it" in capsys.readouterr().err
+        assert out.read_text(encoding="utf-8") == content and "did not write it" in capsys.readouterr().err
 
 
 def test_pretraining_and_the_tokenizer_mean_the_same_text(tmp_path, capsys):
     """Bug: one read "\\r\\n", "<|endoftext|>" and a row's id as text, and the other did not."""
     (tmp_path / "a.txt").write_bytes(b"one cow\r\n<|endoftext|>\r\n\r\ntwo\r\ncows<|endoftext|>")
-    (tmp_path / "b.jsonl").write_text('{"text": "three\\n\\ncows", "id": "zebra zebra"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "three\\n\\ncows", "id": "zebra zebra"}\n', encoding="utf-8")
     paths = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
     main([*paths, "--vocab_size", "264", "--out", str(tmp_path / "tokenizer.json")])
     texts = [text for path in paths for text in read_documents(path)]

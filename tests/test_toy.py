@@ -330,7 +330,7 @@ def write_samples(path, num_rows=60):
         samples += [samples[0], {"text": "", "ended": True}, {"text": "A cow", "ended": False}]
         rows.append({"messages": world.to_messages(turns[-1:], []), "answer": turns[-1]["answer"],
                      "meta": {"task": turns[-1]["task"]}, "samples": samples})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 
@@ -341,7 +341,7 @@ def test_annotate_writes_what_formats_reads_and_counts_what_it_drops(tmp_path, c
     printed = capsys.readouterr().out
     assert "60 answers that did not end" in printed and "60 empty answers" in printed
     assert "60 duplicates" in printed and "ceiling" in printed
-    written = [json.loads(line) for line in out.read_text().splitlines()]
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if len(row["samples"]) >= 5]
     assert [row["messages"] for row in written] == [row["messages"] for row in kept]
     for row, source in zip(written, kept):
@@ -373,7 +373,7 @@ def test_the_judges_command_prints_a_table(tmp_path, capsys):
 def test_bad_samples_end_with_one_line_and_exit_2(command, content, message, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         if command == "judge":
             judge.main([str(path)])
@@ -439,7 +439,7 @@ def test_the_parts_of_an_answer_add_up_to_its_gold_score(tmp_path):
     write_samples(tmp_path / "samples.jsonl")
     out = tmp_path / "preferences.jsonl"
     annotate.main([str(tmp_path / "samples.jsonl"), "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         for gold, parts in zip(row["gold"], row["parts"], strict=True):
             assert list(parts) == ["correct", "manners", "safe", "form"]
@@ -464,11 +464,11 @@ def test_the_world_is_written_twice_but_never_over_other_files(small_world, tmp_
     for name in prepare.TEXT_NAMES + prepare.JSONL_NAMES:
         other = tmp_path / f"other_{name}"
         other.mkdir()
-        (other / name).write_text("dear diary")
+        (other / name).write_text("dear diary", encoding="utf-8")
         with pytest.raises(SystemExit):
             prepare.main(["--out", str(other)])
         assert [path.name for path in other.iterdir()] == [name]
-        assert (other / name).read_text() == "dear diary"
+        assert (other / name).read_text(encoding="utf-8") == "dear diary"
 
 
 def test_the_annotators_seed_decides_their_ranking(tmp_path):

@@ -900,7 +900,7 @@ def test_check_29_a_judges_zero_counts_in_the_mean(road, tmp_path, monkeypatch):
             user = road.tokenizer.decode(row[:p]).split("<|user|>")[1].split("<|end|>")[0]
             answered.append((user, road.tokenizer.decode(row[p : n - ended]), ended))
     assert heard == answered and {ended for _, _, ended in heard} == {False, True}
-    shown = (tmp_path / "run" / "samples.txt").read_text()
+    shown = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
     for (user, response, _), score in zip(heard[8:11], rollouts[1][1]["scores"].tolist()):
         assert f"  user: {user}\n  model: {response}   (score {score:.2f})" in shown
 

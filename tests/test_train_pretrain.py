@@ -25,7 +25,7 @@ def test_the_seed_chooses_the_text_of_pretraining(road, tmp_path, monkeypatch):
 
 def test_several_texts_are_read_one_after_the_other(road, tmp_path, capsys):
     other = tmp_path / "other.txt"
-    other.write_text("The owl is on the wall.\n" * 300)
+    other.write_text("The owl is on the wall.\n" * 300, encoding="utf-8")
     for text in (f"{road.text}", f"{other}", f"{road.text},{other}"):
         road.run("pretrain", tmp_path / f"run_{len(text)}", text=text)
     tokens = [int(line.split()[2].replace(",", "")) for line in capsys.readouterr().out.splitlines()
@@ -75,12 +75,12 @@ def test_check_38_pretraining_learns_the_text(road, tmp_path):
     """
     history = road.run("pretrain", tmp_path, num_steps=100, batch_size=16, lr=5e-3, warmup=10,
                        eval_every=50, dtype="float32")
-    counts = torch.tensor(road.tokenizer.encode(road.text.read_text())).bincount()
+    counts = torch.tensor(road.tokenizer.encode(road.text.read_text(encoding="utf-8"))).bincount()
     p = counts[counts > 0] / counts.sum()
     unigram = -(p * p.log()).sum().item()
     assert history[-1]["val_loss"] < history[0]["val_loss"] < unigram
     model, tokenizer = load_model(tmp_path)
-    blocks = torch.tensor(tokenizer.encode(road.text.read_text())[:-1][-320:]).view(5, 64)
+    blocks = torch.tensor(tokenizer.encode(road.text.read_text(encoding="utf-8"))[:-1][-320:]).view(5, 64)
     nats = F.cross_entropy(model(blocks)[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
     assert max(nats, history[-1]["val_loss"]) < 0.3 * unigram
 
@@ -95,7 +95,7 @@ def test_pretraining_draws_its_blocks_from_all_but_the_last_50th_of_the_text(roa
         batch["tokens"]) or loss_of(model, batch, cfg))
     road.run("pretrain", tmp_path / "run", num_steps=3, eval_every=3)
     encode = road.tokenizer.encode
-    whole = [idx for document in road.text.read_text().split("\n\n")
+    whole = [idx for document in road.text.read_text(encoding="utf-8").split("\n\n")
              for idx in encode(document) + encode("\n\n")]
     [(stream, starts)] = seen
     assert stream.tolist() == whole[: int(0.98 * len(whole))]

@@ -66,7 +66,7 @@ def chat(*contents):
 
 
 def write_rows(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -79,7 +79,7 @@ class Road:
         lines = [f"Ann: {question}\nBen: {answer(sound)}" for question, sound in PROMPTS
                  for answer in (polite, rude)]
         self.text = self.folder / "text.txt"
-        self.text.write_text("\n\n".join(lines * 4) + "\n")
+        self.text.write_text("\n\n".join(lines * 4) + "\n", encoding="utf-8")
         self.tokenizer = Tokenizer.train("\n".join(lines), 350)
         self.tokenizer.save(self.folder / "tokenizer.json")
         answers = [(polite, rude)[i // 3 % 2] for i in range(len(PROMPTS))]
@@ -96,7 +96,7 @@ class Road:
         self.prompts = write_rows(self.folder / "prompts.jsonl",
                                   [{"prompt": question} for question, _ in PROMPTS])
         self.tools = self.folder / "tools.py"
-        self.tools.write_text(TOOLS)
+        self.tools.write_text(TOOLS, encoding="utf-8")
 
     def config(self, stage, out, **changes):
         """A Config of the stage's script, for a few quick steps on this road's files."""
@@ -126,8 +126,8 @@ class Road:
         if not home.exists():
             self.run(stage, home, dtype="float32")
         shutil.copytree(home, out)
-        settings = json.loads((out / "config.json").read_text())
-        (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}))
+        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}), encoding="utf-8")
         return out
 
     def walk(self):

@@ -6,7 +6,8 @@
 
 `ledger.record(step, ...)` in a script writes two small files into the run's folder `ledger/`:
 
-  step_000040.json   {"step", "batch_size", "pieces": the tokens of each kept row, as text}
+  step_000040.json   {"step", "batch_size", "pieces": the tokens of each kept row, as `pieces_of`
+                     writes them}
   step_000040.npz    rows/<name>     the first few sequences, whole: tokens (R, T), per-token
                                      tensors (R, T-1), one number per sequence (R,)
                      batch/<name>    one number for *each* sequence of the batch, (B,): as it is, or
@@ -21,7 +22,9 @@ that an answer belongs to, and `rank` says which answer is preferred (0 is best)
 import argparse
 import json
 import os
+import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ import torch
 
 from minirlhf.masked import masked_sum
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import write_atomically, write_text
+from minirlhf.plumbing.files import read_file, write_atomically, write_text
 
 # What the terminal prints of each token: (heading, tensor). A run has some of these.
 COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("reward", "rewards"),
@@ -38,6 +41,8 @@ COLUMNS = [("logprob", "logprobs"), ("ref", "ref_logprobs"), ("kl", "kl"), ("rew
            ("loss", "token_losses"), ("logratio", "log_ratios"), ("score", "raw_scores"),
            ("entropy", "entropy")]
 SUMMED = {"logprobs", "ref_logprobs", "kl", "rewards", "token_losses", "log_ratios"}
+ONE_PER_ROW = {"lengths", "example", "rank", "ended", "scores", "logps", "implicit_rewards",
+               "losses"}  # the other tensors that the terminal prints are per token
 MEANS = ("logprobs", "ref_logprobs", "scores", "losses", "kl", "rewards", "token_losses",
          "log_ratios")  # whose means over the batch are printed, in this order
 
@@ -84,7 +89,7 @@ class Ledger:
             mask = part["response_mask"]
             kept = part["example"] < self.keep  # (B,)
             for row, length in zip(part["tokens"][kept].tolist(), part["lengths"][kept].tolist()):
-                pieces.append([self.tokenizer.decode([idx]) for idx in row[:length]])
+                pieces.append(pieces_of([self.tokenizer.token_bytes(idx) for idx in row[:length]]))
             columns = {"batch/num_tokens": mask.sum(1)}
             for name, value in part.items():
                 per_token = value.dim() == 2 and name != "tokens"
@@ -112,11 +117,32 @@ class Ledger:
         write_text(with_suffix(".json"), json.dumps(meta))
 
 
+def pieces_of(tokens):
+    """The text of each token of a sequence. tokens: the bytes of each.
+
+    A token may end within a character, since a token is bytes and a character up to four of them.
+    The token that ends it has the character; those before show their part of it as \\xe6\\x97, and
+    so are bytes shown that are of no character at all.
+    """
+    owner = [i for i, token in enumerate(tokens) for _ in token]  # the token of each byte
+    pieces, at = [""] * len(tokens), 0
+    for character in b"".join(tokens).decode("utf-8", "surrogateescape"):  # which loses no byte
+        raw = character.encode("utf-8", "surrogateescape")
+        own, whole = owner[at : at + len(raw)], not "\udc80" <= character <= "\udcff"
+        for byte, i in zip(raw, own):
+            if not whole or i != own[-1]:
+                pieces[i] += f"\\x{byte:02x}"
+        pieces[own[-1]] += character if whole else ""
+        at += len(raw)
+    return pieces
+
+
 # ---------------------------------------------------------------- reading
 
 def recorded_steps(folder):
     """The steps that a run's ledger holds, in order; UserError where there are none."""
-    steps = sorted(int(path.stem[5:]) for path in Path(folder, "ledger").glob("step_*.json"))
+    names = [path.name for path in Path(folder, "ledger").glob("step_*.json")]
+    steps = sorted(int(name[5:-5]) for name in names if re.fullmatch(r"step_\d{6,}\.json", name))
     if not steps:
         raise UserError(f"{folder} holds no ledger; give a run's folder, of a run whose "
                         "--ledger_every was above 0")
@@ -130,14 +156,60 @@ def load(folder, step):
     if step not in steps:
         raise UserError(f"step {step} is not in {folder}/ledger; it holds "
                         f"{', '.join(map(str, steps))}")
-    path = Path(folder, "ledger", f"step_{step:06d}")
-    record = json.loads(path.with_name(path.name + ".json").read_text())
+    path = Path(folder, "ledger", f"step_{step:06d}.json")
+    text, arrays_path = read_file(path), path.with_suffix(".npz")
+    try:
+        meta = json.loads(text)
+        record = {key: meta[key] for key in ("step", "batch_size", "pieces")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged(path, "expected step, batch_size and pieces as JSON") from None
     record.update(rows={}, batch={}, squares={})
-    with np.load(path.with_name(path.name + ".npz"), allow_pickle=False) as arrays:
-        for name in arrays.files:
-            kind, _, key = name.partition("/")
-            record[kind][key] = arrays[name]
+    try:
+        with np.load(arrays_path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                kind, _, key = name.partition("/")
+                record[kind][key] = arrays[name]
+    except Exception as error:  # of a damaged file the reader may trip over anything
+        raise damaged(arrays_path, str(error).partition("\n")[0][:80] or type(error).__name__
+                      ) from None
+    wrong = what_is_wrong(record, step)
+    if wrong:
+        raise damaged(arrays_path, wrong)
     return record
+
+
+def damaged(path, why):
+    return UserError(f"{path} is no ledger's file, or it is damaged ({why}); look at another step "
+                     "or run")
+
+
+def what_is_wrong(record, step):
+    """Why a record is not one that `Ledger` wrote, in words, or ''."""
+    rows, batch, squares, pieces = (record[key] for key in ("rows", "batch", "squares", "pieces"))
+    missing = [f"rows/{name}" for name in ("tokens", "lengths", "response_mask", "example")
+               if name not in rows]
+    missing += [f"batch/{name}" for name in ("num_tokens", "example") if name not in batch]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    if record["step"] != step or not isinstance(pieces, list) or not pieces:
+        return "the step's number or its pieces are wrong"
+    R, B, tokens = len(pieces), record["batch_size"], rows["tokens"]
+    if tokens.ndim != 2 or any(array.dtype.kind not in "biuf" for arrays in (rows, batch, squares)
+                               for array in arrays.values()):
+        return "an array holds no numbers, or tokens are not (R, T)"
+    per_token = {name for _, name in COLUMNS} | {"response_mask", "clipped"}
+    for name, array in rows.items():
+        two = array.ndim == 2 if name not in ONE_PER_ROW | per_token else name in per_token
+        expected = (R, tokens.shape[1] - (name != "tokens")) if two else (R,)
+        if array.shape != expected:
+            return f"rows/{name} has the shape {array.shape}, expected {expected}"
+    if rows["response_mask"].dtype != bool or not set(squares) <= set(batch) or any(
+            array.shape != (B,) for arrays in (batch, squares) for array in arrays.values()):
+        return f"response_mask is no mask, or an array of the batch is not ({B},)"
+    if not all(isinstance(row, list) and len(row) == length and all(isinstance(x, str) for x in row)
+               for row, length in zip(pieces, rows["lengths"].tolist())):
+        return "the pieces are not those of the rows"
+    return "" if batch["num_tokens"].sum() > 0 else "no token of a response"
 
 
 def batch_means(record):
@@ -179,16 +251,29 @@ def number(value):
     return f"{round(float(value), 3) + 0:9.3f}"
 
 
+def columns_of(text):
+    """How many columns of a terminal a text fills: East Asian wide characters and emoji take two,
+    combining marks none."""
+    return sum(0 if unicodedata.category(ch) in ("Mn", "Me") else
+               2 if unicodedata.east_asian_width(ch) in "WF" else 1 for ch in text)
+
+
+def pad(text, width):
+    return text + " " * (width - columns_of(text))
+
+
 def visible(piece, width, end=False):
-    """A token as text of at most `width` columns, its white space and control characters shown.
+    """A token as text of `width` columns, its white space and control characters shown.
 
     Of a longer one the beginning is shown, or the end.
     """
-    text = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in
-                   piece.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t"))
-    if len(text) > width:
-        text = "…" + text[1 - width :] if end else text[: width - 1] + "…"
-    return text.ljust(width)
+    text = "".join(ch if ch.isprintable() else ch.encode("unicode_escape", "backslashreplace")
+                   .decode("ascii") for ch in piece.replace(" ", "·"))
+    if columns_of(text) > width:
+        while columns_of(text) > width - 1:
+            text = text[1:] if end else text[:-1]
+        text = "…" + text if end else text + "…"
+    return pad(text, width)
 
 
 def row_lines(record, row, colour=False):
@@ -272,30 +357,48 @@ def side_by_side(record, better, worse, colour=False):
     prompt = "".join(record["pieces"][better][:start])
     heading = "token".ljust(14) + "".join(f"{heading:>9}" for heading, _ in columns)
     lines = ["prompt: " + visible(prompt, 100, end=True).rstrip()]
-    lines += [f"{halves[0][0]:{width}}   {halves[1][0]}", f"{heading:{width}}   {heading}"]
+    lines += [f"{pad(halves[0][0], width)}   {halves[1][0]}", f"{heading:{width}}   {heading}"]
     for i in range(max(len(halves[0][1]), len(halves[1][1]))):
         left, right = (half[i] if i < len(half) else "" for _, half, _ in halves)
-        lines.append(f"{left:{width}}   {right}")
+        lines.append(f"{pad(left, width)}   {right}")
     if SUMMED.intersection(rows):  # scores are no sums
         lines.append(f"{halves[0][2]:{width}}   {halves[1][2]}")
     return [line.rstrip() for line in lines]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.ledger", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder")
-    parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
-    parser.add_argument("--row", type=int, default=0, help="which of the kept sequences")
-    args = parser.parse_args(argv)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is a UserError, of one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists every option")
+
+
+def run_command(parser, work, argv):
+    """Parse argv and do work(args); a UserError is printed, and ends with exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal's code page lacks, it shows escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(show(args.run, args.step, args.row, colour), flush=True)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        work(parser.parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m minirlhf.look.ledger", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
+    parser.add_argument("--row", type=int, default=0, help="which of the kept sequences")
+
+    def work(args):
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        try:
+            print(show(args.run, args.step, args.row, colour), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

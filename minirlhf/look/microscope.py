@@ -8,19 +8,17 @@ from becoming markup: the JSON holds no `<`, `>` or `&`; the script inserts text
 and the page's content security policy runs no other script than the one whose hash it names.
 """
 
-import argparse
 import base64
 import hashlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 from minirlhf.plumbing.errors import UserError
-from minirlhf.plumbing.files import write_text
+from minirlhf.plumbing.files import check_output, read_file, write_text
 from minirlhf.plumbing.folders import read_metrics
-from minirlhf.look.ledger import load, recorded_steps
+from minirlhf.look.ledger import Parser, load, recorded_steps, run_command
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_STEPS, MOST_ROWS, MOST_BYTES = 60, 400, 1_300_000  # of steps, of metrics, of the JSON
@@ -75,16 +73,32 @@ def step_data(record):
             "rows": out, "batch": {"num_tokens": int(batch["num_tokens"].sum()), **sums}}
 
 
+def read_options(path):
+    """Those of a run's options that the page needs; UserError where its config.json is damaged."""
+    text = read_file(path)
+    try:
+        found = json.loads(text)
+        found = {name: found[name] for name in OPTIONS if name in found.keys()}
+        json.dumps(found, allow_nan=False)  # an option is no NaN, and neither is one in the page
+        whole = all(isinstance(value, (bool, int, float, str)) for value in found.values())
+        whole = whole and isinstance(found.get("beta", 0), (int, float))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged, expected a run's options as JSON; train again, or "
+                        "give another run")
+    return found
+
+
 def run_data(folder):
     """All that the page of one run shows. UserError where the folder holds no ledger."""
     folder = Path(folder)
     steps = recorded_steps(folder)
-    config = json.loads((folder / "config.json").read_text())
-    metrics = read_metrics(folder)
     stage = next((STAGES[name] for name in load(folder, steps[0])["rows"] if name in STAGES), None)
     if stage is None:
         raise UserError(f"{folder}/ledger holds none of {', '.join(STAGES)}: the microscope knows "
                         "PPO, DPO, reward models and SFT")
+    config, metrics = read_options(folder / "config.json"), read_metrics(folder)
     betas = {row["step"]: row["beta"] for row in metrics if "beta" in row}
     if stage == "ppo":  # a step is recorded before it is logged, beta with it: leave out the last
         steps = [step for step in steps if step in betas]
@@ -100,8 +114,8 @@ def run_data(folder):
     logged = [{key: short(row[key]) for key in ("step", *CURVES) if key in row}
               for row in evenly(metrics, MOST_ROWS)]
     return {"run": folder.resolve().name, "stage": stage, "num_recorded": num_recorded,
-            "config": {name: config[name] for name in OPTIONS if name in config},
-            "metrics": logged, "steps": kept}
+            "config": config, "metrics": logged,
+            "steps": kept}
 
 
 def page(data):
@@ -122,21 +136,19 @@ def page(data):
 def write_page(folder):
     """Write folder/microscope.html, and return its path."""
     path = Path(folder) / "microscope.html"
+    begin = TEMPLATE.read_text(encoding="utf-8").partition("@")[0]  # where the first hash is put in
+    if Path(folder).is_dir():
+        check_output(path, lambda text: text.startswith(begin))
     text = page(run_data(folder))
     write_text(path, text)
     return path
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.microscope",
-                                     description="Write a run's ledger as one page.")
+    parser = Parser(prog="python -m minirlhf.look.microscope",
+                    description="Write a run's ledger as one page.")
     parser.add_argument("run", help="a run's folder; the page is RUN/microscope.html")
-    args = parser.parse_args(argv)
-    try:
-        print(f"written: {write_page(args.run)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(parser, lambda args: print(f"written: {write_page(args.run)}"), argv)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@
 
 import argparse
 import math
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 
 from minirlhf.plumbing.errors import UserError
+from minirlhf.plumbing.files import check_writable, naming, write_atomically
 from minirlhf.plumbing.folders import read_metrics
-from minirlhf.look.ledger import COLUMNS, find_row, load, recorded_steps, visible
+from minirlhf.look.ledger import (COLUMNS, Parser, find_row, load, recorded_steps, run_command,
+                                  visible)
 
 # What is worth drawing, with its unit and what to look for; a run has some of these.
 PANELS = {
@@ -34,15 +36,28 @@ PANELS = {
 }
 BASELINES = {"accuracy": (0.5, "guessing"), "explained_variance": (0.0, "the mean return"),
              "margin": (0.0, "no preference"), "kl": (0.0, "the reference")}
+# The pictures that are written, and how such a file begins.
+KINDS = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+MOST_TOKENS = 100  # of one sequence's heat map: a picture has a largest width
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # colour-blind safe
 
 
-def metrics_of(folder):
-    """A run's logged rows; UserError where it has logged none yet."""
-    rows = read_metrics(folder) if Path(folder, "metrics.jsonl").exists() else []
+def metrics_of(folder, *keys):
+    """A run's logged rows; UserError where it has logged none yet, or where a row lacks one of the
+    keys."""
+    rows = read_metrics(folder) if Path(folder, "metrics.jsonl").is_file() else []
     if not rows:
         raise UserError(f"{folder} holds no metrics; give the folder of a run that has logged a "
                         "step")
+    for row in rows:
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise UserError(f"{folder}/metrics.jsonl, step {row['step']}: {', '.join(missing)} is "
+                            "missing; give the folder of a PPO run with a --judge")
+        large = [value for value in row.values() if 1e300 < abs(value) < math.inf]
+        if large:
+            raise UserError(f"{folder}/metrics.jsonl, step {row['step']}: no picture has room for "
+                            f"{large[0]}; remove the line")
     return rows
 
 
@@ -76,14 +91,38 @@ def new_figure(width, height):
     return Figure(figsize=(width, height))
 
 
+def plain(text):
+    """A text for a picture: dollar signs stay what they are, and begin no formula."""
+    return text.replace("$", r"\$")
+
+
+def check_picture(path):
+    """Refuse, before anything is drawn, a picture of a kind that isn't written, or in a place that
+    holds something else."""
+    path, begins = Path(path), KINDS.get(Path(path).suffix)
+    if begins is None:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(KINDS)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    check_writable(path.parent)
+    if path.exists():
+        with naming(path), open(path, "rb") as file:
+            ours = file.read(len(begins)) == begins
+        if not ours or not os.access(path, os.W_OK):
+            raise UserError(f"{path} exists, and is write-protected or no {path.suffix} picture; "
+                            "give another name")
+
+
 def save(fig, path):
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    kind = Path(path).suffix[1:]
+    write_atomically(path, lambda part: fig.savefig(part, dpi=110, format=kind))
     print(f"drawn: {path}")
 
 
 def draw_runs(folders, path):
     """Every known metric that any of the runs has, one panel each, all runs together."""
+    check_picture(path)
     runs = {str(folder): metrics_of(folder) for folder in folders}
     keys = [key for key in PANELS if any(key in rows[-1] for rows in runs.values())]
     if not keys:
@@ -95,7 +134,7 @@ def draw_runs(folders, path):
     for ax, key in zip(axes.flat, keys):
         for i, (name, rows) in enumerate(runs.items()):
             if key in rows[-1]:
-                draw(ax, rows, key, label(name, runs), COLOURS[i % len(COLOURS)])
+                draw(ax, rows, key, plain(label(name, runs)), COLOURS[i % len(COLOURS)])
         level, meaning = BASELINES.get(key, (None, ""))
         if key in ("loss", "val_loss") and all("accuracy" in rows[-1] for rows in runs.values()):
             level, meaning = math.log(2), "guessing"  # of a preference loss
@@ -123,19 +162,27 @@ def label(folder, folders):
 
 
 def draw_sequence(folder, path, step=None, row=0):
-    """A heat map of one recorded sequence: a line for each tensor, a column for each token.
+    """A heat map of one recorded sequence: a line for each tensor, a column for each token of the
+    response, MOST_TOKENS at most.
 
     Each line has its own scale: orange is above 0, purple below; for the ratio, above and below 1.
     """
+    check_picture(path)
     step = recorded_steps(folder)[-1] if step is None else step
     record = load(folder, step)
     row = find_row(record, row)
     mask = record["rows"]["response_mask"][row]
     at = [i for i in range(1, len(record["pieces"][row])) if mask[i - 1]]
     names = [name for _, name in COLUMNS if name in record["rows"]]
+    if not at or not names:
+        raise UserError(f"{folder}, step {step}: this row has no token of a response, or no tensor "
+                        "was recorded; give another --row")
+    cut = f", the first {MOST_TOKENS} of {len(at)} tokens" if len(at) > MOST_TOKENS else ""
+    at = at[:MOST_TOKENS]
     values = np.array([[record["rows"][name][row][i - 1] for i in at] for name in names])
     shift = np.array([[1.0 if name == "ratio" else 0.0] for name in names])
-    scale = np.abs(values - shift).max(axis=1, keepdims=True).clip(min=1e-9)  # of each tensor
+    sizes = np.nan_to_num(np.abs(values - shift), posinf=0)  # NaN and infinity have no colour
+    scale = sizes.max(axis=1, keepdims=True).clip(min=1e-9)  # of each tensor
     shade = (values - shift) / scale
     fig = new_figure(2.4 + 0.62 * len(at), 1.2 + 0.36 * len(names))
     ax = fig.subplots()
@@ -143,11 +190,11 @@ def draw_sequence(folder, path, step=None, row=0):
     for y, x in np.ndindex(values.shape):
         ax.text(x, y, f"{round(values[y, x], 2) + 0:.2f}", ha="center", va="center", fontsize=7,
                 color="white" if abs(shade[y, x]) > 0.9 else "black")
-    pieces = [visible(record["pieces"][row][i], 12).strip() for i in at]
+    pieces = [plain(visible(record["pieces"][row][i], 12).strip()) for i in at]
     ax.set_xticks(range(len(at)), pieces, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    ax.set_title(f"{Path(folder).name}, step {step}, row {row}: every tensor of each response "
-                 "token\n(colours: each line by its own scale)", fontsize=10)
+    ax.set_title(plain(f"{Path(folder).name}, step {step}, row {row}: every tensor of each "
+                       f"response token{cut}\n(colours: each line by its own scale)"), fontsize=10)
     save(fig, path)
 
 
@@ -207,7 +254,8 @@ def draw_reward_against_kl(runs, path):
     fig = new_figure(6 * len(runs), 4.2)
     axes = fig.subplots(1, len(runs), squeeze=False)
     for ax, (name, folder) in zip(axes.flat, runs.items()):
-        rows = [{**row, "distance": max(row["kl"], 0) ** 0.5} for row in metrics_of(folder)]
+        rows = [{**row, "distance": max(row["kl"], 0) ** 0.5} for row in
+                metrics_of(folder, "kl", "score", "gold")]
         for key, label, colour in (("score", "reward model's score (normalised)", COLOURS[1]),
                                    ("gold", "gold score", COLOURS[0])):
             xs = smooth([row["distance"] for row in rows])
@@ -221,21 +269,23 @@ def draw_reward_against_kl(runs, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.plot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m minirlhf.look.plot", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--save", help="the picture to write (default: runs.png or sequence.png)")
-    parser.add_argument("--row", type=int, help="draw this sequence of the first run's ledger")
+    parser.add_argument("--save", help="the picture to write, .png, .pdf or .svg (default: "
+                        "runs.png or sequence.png)")
+    parser.add_argument("--row", type=int, help="draw this sequence of the run's ledger")
     parser.add_argument("--step", type=int, help="of this recorded step (default: the last)")
-    args = parser.parse_args(argv)
-    try:
+
+    def work(args):
         if args.row is None and args.step is None:
             draw_runs(args.runs, args.save or "runs.png")
+        elif len(args.runs) > 1:
+            raise UserError("--row and --step draw one run's sequence; give one folder")
         else:
             draw_sequence(args.runs[0], args.save or "sequence.png", args.step, args.row or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+
+    run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ def command_line(main, config_class, description=None):
     """Parse the command line, run main(cfg), and end with exit code 2 on a UserError, with 130 on
     Ctrl-C and 143 on SIGTERM."""
     signals.listen()
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(parse_config(config_class, None, description))
     except UserError as error:

@@ -27,4 +27,10 @@ BUGS = [
         "a question that is too long loses its end"),
     Bug("fit", "max(size for", "min(size for", "test_check_33",
         "the shortest answer decides how much of the prompt they all keep"),
+    Bug("response_mask", "torch.arange(1, T, device=lengths.device)", "torch.arange(1, T)",
+        "test_ppo_on_a_gpu", "the response mask's column index is left on the CPU"),
+    Bug("pad_right", "lengths.to(device)", "lengths", "test_a_stage_on_a_gpu",
+        "lengths are left on the CPU"),
+    Bug("shifted_mask", "out[:, 1:].to(device)", "out[:, 1:]", "test_a_stage_on_a_gpu",
+        "the loss mask is left on the CPU"),
 ]

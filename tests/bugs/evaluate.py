@@ -28,4 +28,12 @@ BUGS = [
         "test_answers_are_kept", "answers are written only after they are judged"),
     Bug("summary", "f\"the judge's {name}\" if name in OWN_NAMES else name", "name",
         "test_a_judges_own_numbers", "a judge's number replaces the evaluation's own of that name"),
+    Bug("Evaluator.answer", "torch.Generator(self.device)", "torch.Generator()",
+        "test_an_evaluation_on_a_gpu", "evaluation's generator is left on the CPU"),
+    Bug("Evaluator.kl", ", device=self.device)", ")", "test_an_evaluation_on_a_gpu",
+        "the KL's prompt lengths are left on the CPU"),
+    Bug("score_sequences", ", ev.device)", ")", "test_an_evaluation_on_a_gpu",
+        "sequences to score are left on the CPU"),
+    Bug("", 'prompts: str = "data/toy/heldout.jsonl"', 'prompts: str = "data/toy/prompts.jsonl"',
+        "test_the_first_road_evaluates", "evaluate.py defaults to training prompts"),
 ]
