@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.batches import (fit, micro_batches, pad_right, plan_batches, shifted_mask,
-                              what_was_cut)
+                              split_by_prompt, what_was_cut)
 from minirlhf.generate import generate
 from minirlhf.losses import sft_loss
 from minirlhf.masked import token_logprobs
@@ -43,7 +43,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     grad_clip: float = 1.0  # largest norm of the gradient; above 0
     too_long: str = "refuse"  # rows longer than the context: refuse | drop | cut (oldest turns)
-    held_out: float = 0.05  # share of the dialogues kept for evaluation; up to 1
+    held_out: float = 0.05  # share of the first prompts kept for evaluation; up to 1
     eval_every: int = 150  # steps between evaluations; above 0
     save_every: int = 200  # steps between checkpoints; above 0
     ledger_every: int = 50  # steps between records of every tensor (0: none)
@@ -136,11 +136,11 @@ def main(cfg):
     rows = read_demonstrations(cfg.data)
     model = run.model("init")
     encoded = encode(rows, run.tokenizer, model.cfg.block_size, cfg)
-    order = torch.randperm(len(encoded), generator=run.data_order).tolist()
-    num_held_out = max(1, int(cfg.held_out * len(encoded)))
-    held_out = [encoded[i] for i in order[:num_held_out]]
-    train = [encoded[i] for i in order[num_held_out:]]
-    if not train:
+    # Dialogues that begin alike stay on one side, else held-out answers follow prompts seen before.
+    beginnings = [tuple(ids[: ids.index(run.tokenizer.assistant_id)]) for ids, _ in encoded]
+    train, held_out = ([encoded[i] for i in side] for side in
+                       split_by_prompt(beginnings, cfg.held_out, run.data_order))
+    if not train or not held_out:
         raise UserError(f"{cfg.data}: {len(encoded)} dialogues are too few to train on")
     lengths = [len(ids) for ids, _ in train]
     plan = plan_batches(lengths, cfg.num_epochs, cfg.batch_size, run.data_order)

@@ -198,3 +198,23 @@ def test_check_38_sft_beats_the_base_model_on_held_out_dialogues(road, tmp_path,
     ended = {folder.name: share(ended for _, ended in sampled_texts(folder, asked, 0.0))
              for folder in (road.folder / "pretrain", tmp_path / "run")}
     assert ended["pretrain"] == 0 and ended["run"] > 0.9
+
+
+def test_no_held_out_dialogue_begins_like_one_that_is_trained_on(road, tmp_path, monkeypatch):
+    """Bug: rows were held out, not prompts: 22% of the held-out prompts of the toy's demonstrations
+    were also trained on. Nor does a longer dialogue begin with a held-out question."""
+    rows = [chat(f"Question {i % 12}?", f"Answer {i}.", *(["And?", f"More {i}."] if i % 5 == 0 else []))
+            for i in range(60)]
+    data = write_rows(tmp_path / "data.jsonl", [{"messages": row} for row in rows])
+    held_out, measure = [], train_sft.evaluate
+    monkeypatch.setattr(train_sft, "evaluate", lambda model, examples, *rest:
+                        held_out.extend(examples) or measure(model, examples, *rest))
+    encoded = watch(monkeypatch, train_sft, "encode")
+    road.run("sft", tmp_path / "run", data=data, held_out=0.25, eval_every=100)
+    every, begins = encoded[0][1], {}
+    for ids, _ in every:
+        begins.setdefault(tuple(ids[: ids.index(road.tokenizer.assistant_id)]), []).append(ids)
+    out = [ids for ids, _ in held_out]
+    assert len(begins) == 12 and len(out) == 15  # three questions with their five dialogues each
+    assert all(all(ids in out for ids in group) or not any(ids in out for ids in group)
+               for group in begins.values())

@@ -4,7 +4,7 @@
 
 Checked: that both checkpoints, the log, the samples and the ledger can be read and belong together;
 that all that the run read is still there, unchanged; and whether versions and commit are those of
-this program. What is wrong is said line by line; then the exit code is 2.
+this program. Where something is wrong, the last line says what, and the exit code is 2.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import importlib.metadata
 import json
 import platform
 import shlex
-import sys
 from pathlib import Path
 
 from minirlhf.plumbing.checkpoints import (NAMES, check_model, load_checkpoint, read_checkpoint,
                                            weights_hash)
+from minirlhf.plumbing.commands import run_command
 from minirlhf.plumbing.config import read_settings
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import read_file
@@ -135,25 +135,23 @@ def command(script, settings):
     return shlex.join([*words, "--overwrite"])
 
 
+def report(args):
+    """Print what was found; exit code 2 where something is wrong."""
+    facts, faults = check(args.run)
+    script, versions = check_versions(args.run)
+    for line in [*facts, versions]:
+        print(f"  {line}")
+    print(f"to repeat it: {command(script, read_settings(args.run))}")
+    if faults:
+        raise UserError(f"{args.run} does not hold what it claims: {'; '.join(faults)}")
+    print(f"{args.run} holds what it claims")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m minirlhf.look.check",
                                      description="Check what a run's folder claims.")
     parser.add_argument("run", help="a run's folder")
-    folder = parser.parse_args(argv).run
-    try:
-        facts, faults = check(folder)
-        script, versions = check_versions(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    for line in [*facts, versions]:
-        print(f"  {line}")
-    for line in faults:
-        print(f"WRONG: {line}")
-    print(f"to repeat it: {command(script, read_settings(folder))}")
-    if faults:
-        raise SystemExit(2)
-    print(f"{folder} holds what it claims")
+    run_command(parser, argv, report)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from minirlhf.masked import masked_sum
+from minirlhf.plumbing.commands import run_command
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import read_file, write_atomically, write_text
 
@@ -366,27 +367,9 @@ def side_by_side(record, better, worse, colour=False):
     return [line.rstrip() for line in lines]
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is a UserError, of one line."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists every option")
-
-
-def run_command(parser, work, argv):
-    """Parse argv and do work(args); a UserError is printed, and ends with exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # what a terminal's code page lacks, it shows escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        work(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def main(argv=None):
-    parser = Parser(prog="python -m minirlhf.look.ledger", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.ledger", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
     parser.add_argument("--row", type=int, default=0, help="which of the kept sequences")
@@ -398,7 +381,7 @@ def main(argv=None):
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    run_command(parser, work, argv)
+    run_command(parser, argv, work)
 
 
 if __name__ == "__main__":

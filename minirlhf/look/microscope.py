@@ -8,6 +8,7 @@ from becoming markup: the JSON holds no `<`, `>` or `&`; the script inserts text
 and the page's content security policy runs no other script than the one whose hash it names.
 """
 
+import argparse
 import base64
 import hashlib
 import json
@@ -15,10 +16,11 @@ import math
 import re
 from pathlib import Path
 
+from minirlhf.plumbing.commands import run_command
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import check_output, read_file, write_text
 from minirlhf.plumbing.folders import read_metrics
-from minirlhf.look.ledger import Parser, load, recorded_steps, run_command
+from minirlhf.look.ledger import load, recorded_steps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_STEPS, MOST_ROWS, MOST_BYTES = 60, 400, 1_300_000  # of steps, of metrics, of the JSON
@@ -145,10 +147,10 @@ def write_page(folder):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m minirlhf.look.microscope",
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.microscope",
                     description="Write a run's ledger as one page.")
     parser.add_argument("run", help="a run's folder; the page is RUN/microscope.html")
-    run_command(parser, lambda args: print(f"written: {write_page(args.run)}"), argv)
+    run_command(parser, argv, lambda args: print(f"written: {write_page(args.run)}"))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minirlhf.plumbing.commands import run_command
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import check_writable, naming, write_atomically
 from minirlhf.plumbing.folders import read_metrics
-from minirlhf.look.ledger import (COLUMNS, Parser, find_row, load, recorded_steps, run_command,
-                                  visible)
+from minirlhf.look.ledger import COLUMNS, find_row, load, recorded_steps, visible
 
 # What is worth drawing, with its unit and what to look for; a run has some of these.
 PANELS = {
@@ -269,7 +269,7 @@ def draw_reward_against_kl(runs, path):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m minirlhf.look.plot", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.look.plot", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--save", help="the picture to write, .png, .pdf or .svg (default: "
@@ -285,7 +285,7 @@ def main(argv=None):
         else:
             draw_sequence(args.runs[0], args.save or "sequence.png", args.step, args.row or 0)
 
-    run_command(parser, work, argv)
+    run_command(parser, argv, work)
 
 
 if __name__ == "__main__":

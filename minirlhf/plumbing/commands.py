@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import contextmanager
 
+from minirlhf.plumbing import signals
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import check_output
 
@@ -10,8 +12,24 @@ MOST_SAMPLES = 5_000_000  # about 10 GB of short answers as Python lists
 MOST_SEQUENCES = 100_000  # of a batch: even a tiny model's cache then takes tens of GB
 
 
+@contextmanager
+def one_line_errors():
+    """End the program with exit code 2 and one line on a UserError; with 130 on Ctrl-C, 143 on
+    SIGTERM. Any other exception is a bug and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except signals.Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+
+
 def run_command(parser, argv, main):
-    """Run main(args) on an argparse parser's options; a UserError is one line and exit code 2.
+    """Run main(args) on an argparse parser's options, each mistake one line.
 
     `config.command_line` does the same where the options are a dataclass.
     """
@@ -19,11 +37,8 @@ def run_command(parser, argv, main):
         raise UserError(f"{message}; --help lists every option")
 
     parser.error = refuse
-    try:
+    with one_line_errors():
         return main(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def check_file(option, path, ours, endings=()):

@@ -7,10 +7,10 @@ import inspect
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 from minirlhf.plumbing import signals
+from minirlhf.plumbing.commands import one_line_errors
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import read_file
 
@@ -128,13 +128,5 @@ def command_line(main, config_class, description=None):
     """Parse the command line, run main(cfg), and end with exit code 2 on a UserError, with 130 on
     Ctrl-C and 143 on SIGTERM."""
     signals.listen()
-    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character shows its number
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with one_line_errors():
         main(parse_config(config_class, None, description))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except signals.Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.number)
