@@ -204,10 +204,10 @@ def main(cfg):
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
     longest = max(encoded, key=lambda pair: max(len(pair["chosen"][0]), len(pair["rejected"][0])))
-    longest = {**longest, "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
-    longest = make_batch([longest] * min(micro, cfg.batch_size, len(train)), run.device)
-    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
-                  [lambda: tensors_of(model, reference, longest, cfg, run)],
+    longest = [{**longest, "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}]
+    longest *= min(micro, cfg.batch_size, len(train))
+    run.preflight(model, lambda: loss_of(model, make_batch(longest, run.device), cfg)[0],
+                  [lambda: tensors_of(model, reference, make_batch(longest, run.device), cfg, run)],
                   options="--micro_batch_size or --batch_size")
     add_reference(reference, encoded, cfg, run)
     run.restore(num_steps, model=model, optimizer=optimizer)

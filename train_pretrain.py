@@ -85,23 +85,29 @@ def evaluate(model, blocks, cfg, run):
     return {"val_loss": total / blocks[:, 1:].numel()}
 
 
-def sized(cfg):
-    """The config of the published size; UserError where another option wants to change its shape."""
+def shape_of(cfg):
+    """The model's config. UserError where --size names one and another option wants to change it."""
+    own = {name: getattr(cfg, name) for name in ModelConfig.__annotations__ if hasattr(cfg, name)}
+    if not cfg.size:
+        return ModelConfig(**own)
     model_cfg = named_config(cfg.size)
-    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "norm", "mlp", "positions",
-                 "bias", "tied"):
-        if getattr(cfg, name) not in (getattr(Config, name), getattr(model_cfg, name)):
+    for name, value in own.items():
+        free = name in ("block_size", "dropout", "attention")
+        if not free and value not in (getattr(Config, name), getattr(model_cfg, name)):
             raise UserError(f"--size {cfg.size} has {getattr(model_cfg, name)} for --{name}; leave "
-                            f"one of the two out")
+                            "one of the two out")
     model_cfg.block_size = cfg.block_size
     model_cfg.dropout, model_cfg.attention = cfg.dropout, cfg.attention
     return model_cfg
 
 
 def main(cfg):
-    # 1. Set-up: the folder, the tokenizer.
+    # 1. Set-up: the folder, the tokenizer, the model's shape.
     run = start_run(cfg, needs={}, reads=["text", "tokenizer"])
     run.tokenizer = Tokenizer.open(cfg.tokenizer)
+    model_cfg = shape_of(cfg)
+    model_cfg.vocab_size = run.tokenizer.n_vocab
+    run.check_size(model_cfg)
 
     # 2. Data: two streams of tokens; documents with 2% of the tokens are held out.
     documents = (text for path in cfg.text.split(",") for text in read_documents(path))
@@ -116,21 +122,14 @@ def main(cfg):
     held_out = held_out.long()  # (at most 32, T)
 
     # 3. Model and optimizer.
-    if cfg.size:
-        model_cfg = sized(cfg)
-    else:
-        model_cfg = ModelConfig(**{name: getattr(cfg, name) for name in ModelConfig.__annotations__
-                                   if hasattr(cfg, name)})
-    model_cfg.vocab_size = run.tokenizer.n_vocab
-    run.check_size(model_cfg)
     model = GPT(model_cfg).to(run.device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"data   | {len(train):,} training tokens, {len(rest):,} held out, "
           f"{cfg.num_steps * cfg.batch_size * cfg.block_size / len(train):.1f} epochs")
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    longest = {"tokens": train[: cfg.block_size].long().repeat(cfg.batch_size, 1).to(run.device)}  # (B, T)
-    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
+    longest = train[: cfg.block_size].long().repeat(cfg.batch_size, 1)  # (B, T)
+    run.preflight(model, lambda: loss_of(model, {"tokens": longest.to(run.device)}, cfg)[0],
                   options="--batch_size or --block_size")
     run.restore(cfg.num_steps, model=model, optimizer=optimizer)
 

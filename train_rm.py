@@ -230,11 +230,11 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
-    longest = max(encoded, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))
-    longest = make_batch([longest] * min(micro, cfg.batch_size, len(train)), run.device)
+    longest = [max(encoded, key=lambda e: len(e["ids"]) * max(map(len, e["ids"])))]
+    longest *= min(micro, cfg.batch_size, len(train))
     asked = [max(prompts, key=len)] * min(cfg.batch_size, len(prompts))
-    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
-                  [lambda: tensors_of(model, longest, cfg, run),
+    run.preflight(model, lambda: loss_of(model, make_batch(longest, run.device), cfg)[0],
+                  [lambda: tensors_of(model, make_batch(longest, run.device), cfg, run),
                    lambda: sample_answers(policy, asked, cfg, run)],
                   options="--micro_batch_size or --batch_size")
     # Sampled now, scored at the end: that too few answers end is better known before the training.

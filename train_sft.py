@@ -150,10 +150,10 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     print(f"model  | {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps")
 
-    longest = make_batch([max(encoded, key=lambda example: len(example[0]))]
-                         * min(micro, cfg.batch_size, len(train)), run.device)
-    run.preflight(model, lambda: loss_of(model, longest, cfg)[0],
-                  [lambda: tensors_of(model, longest, cfg, run)],
+    longest = [max(encoded, key=lambda example: len(example[0]))]
+    longest *= min(micro, cfg.batch_size, len(train))
+    run.preflight(model, lambda: loss_of(model, make_batch(longest, run.device), cfg)[0],
+                  [lambda: tensors_of(model, make_batch(longest, run.device), cfg, run)],
                   options="--micro_batch_size or --batch_size")
     run.restore(num_steps, model=model, optimizer=optimizer)
 

@@ -145,7 +145,7 @@ def test_too_little_data(refused, tmp_path):
     (tmp_path / "text.txt").write_text("A cow says moo.\n", encoding="utf-8")
     assert "fewer than one block of 64" in refused("pretrain", text=tmp_path / "text.txt")
     (tmp_path / "text.txt").write_text("A cow says moo. " * 100, encoding="utf-8")
-    assert "at least 3250 are needed" in refused("pretrain", text=tmp_path / "text.txt")
+    assert "needs 64 of them: give about 3200 tokens or more" in refused("pretrain", text=tmp_path / "text.txt")
     for stage in ("sft", "rm", "dpo"):
         path = write_rows(tmp_path / "data.jsonl", [GOOD[stage]])
         assert "too few" in refused(stage, data=path)

@@ -103,6 +103,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", Generator)
     for module in (runs, sample, evaluate):
         monkeypatch.setattr(module, "pick_device", lambda name="": torch.device(name or "cuda"))
+    monkeypatch.setattr(runs, "memory_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(1, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     deepcopy = torch.nn.Parameter.__deepcopy__
 
     def copy_there(self, memo):

@@ -12,7 +12,8 @@ import torch
 from tiny_road import (CHAT, LONG, PROMPTS, RANKED, SCRIPTS, TWINS, Scaler, answers_of, backward,
                        begin, chat, collect, dpo_oracle, finite, head_of, logprobs_of, loss_of,
                        poison, polite, ppo_loss, ranked_loss, refill, results, rude, scored, sequences,
-                       start, template, watch, watched_steps, without_clock, write_rows)
+                       start, template, watch, watched_steps, without_clock, without_preflight,
+                       write_rows)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import evaluate
@@ -71,7 +72,7 @@ def smoke(road, script, out, **changes):
 OWN_TESTS = {
     ("sample", "chat"): "test_sample.py::test_chat_holds_a_conversation_of_several_turns",
     ("sample", "plain"): "test_sample.py::test_plain_goes_on_with_the_text",
-    **{(stage, "tensorboard"): "test_runs.py::test_the_same_numbers_go_to_tensorboard"
+    **{(stage, "tensorboard"): "test_stops.py::test_the_same_numbers_go_to_tensorboard"
        for stage in SCRIPTS},
     ("speedrun", "quick"): "test_speedrun.py::test_the_quick_road_ends_with_results",
     ("speedrun", "overoptimize"): "test_speedrun.py::test_every_command_is_one_that_its_script",
@@ -207,6 +208,7 @@ def test_prompts_of_one_text_stay_on_one_side(road, tmp_path, monkeypatch):
     """Bug: pairs of a held-out prompt among the training pairs make the accuracy a memory test."""
     rows = [row for _, row in read_rows(road.preferences)]
     data = write_rows(tmp_path / "twice.jsonl", rows + rows)
+    without_preflight(monkeypatch)
     sides = {}
     for script, stage in ((train_rm, "rm"), (train_dpo, "dpo")):
         seen, held_out = [], []
@@ -297,7 +299,8 @@ def test_check_03_the_frozen_models_of_reward_modelling_and_dpo_have_no_dropout(
         run = start_run(road.config("rm", tmp_path / "rm", dtype="float32"), {"init": "sft"})
         prompts = [run.tokenizer.encode_prompt(chat(question)) for question, _ in PROMPTS[:16]]
         policy, model = build_model(load_checkpoint(sft)), build_model(load_checkpoint(rm))
-        found.append(train_rm.measure_scores(model.train(), policy.train(), prompts, run.cfg, run))
+        answers = train_rm.sample_answers(policy.train(), prompts, run.cfg, run)
+        found.append(train_rm.measure_scores(model.train(), answers, run.cfg, run))
     assert found[0] == found[1]
 
 
@@ -496,11 +499,11 @@ def test_check_14_what_is_sampled_continues_the_template_with_the_answer_open(ro
 
     model, _, run = start("sft", road, tmp_path)
     shown = []
-    monkeypatch.setattr(run, "show", lambda step, text: shown.append(text))
+    monkeypatch.setattr(run, "show", lambda text: shown.append(text))
     calls = watch(monkeypatch, train_sft, "generate")
     rows = [{"messages": messages} for messages in
             (CHAT[:3], chat("cow?", "moo"), chat("cow?", "moo", "dog?", "woof"))]
-    train_sft.show_samples(model, train_sft.encode(rows, tok, 64, run.cfg), 1, run)
+    train_sft.show_samples(model, train_sft.encode(rows, tok, 64, run.cfg), run)
     assert [args[1] for args, _ in calls] == [[prompt_of(row["messages"][:-1])] for row in rows]
     for text, row in zip(shown, rows):
         assert text.startswith(f"  user: {row['messages'][-2]['content']}\n  model: ")
@@ -526,7 +529,7 @@ def events_of(monkeypatch):
         letter = "+" if name == "update" else name[0]
         record(monkeypatch, owner, name, letter, events)
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(Run, "preflight", lambda *_, **__: None)  # its backward is no training step
+    without_preflight(monkeypatch)  # its backward is no training step
     return events
 
 
@@ -656,11 +659,12 @@ NUM_TOKENS = {  # the real tokens of one example
 def without_evaluation(script, stage, monkeypatch):
     """Leave evaluations and the try of the largest batch out; collects the held-out examples."""
     held_out = []
-    monkeypatch.setattr(Run, "preflight", lambda *_, **__: None)
+    without_preflight(monkeypatch)
     monkeypatch.setattr(script, "evaluate", lambda model, examples, *rest:
                         held_out.extend(examples) or {})
     if stage == "rm":
-        monkeypatch.setattr(script, "measure_scores", lambda *rest: (torch.zeros(()),) * 2)
+        monkeypatch.setattr(script, "measure_scores",
+                            lambda *rest: (torch.zeros(()), torch.ones(())))
     if stage == "dpo":
         monkeypatch.setattr(script, "add_reference", lambda reference, pairs, *rest: [
             pair.update(ref_chosen_logp=0.0, ref_rejected_logp=0.0) for pair in pairs])

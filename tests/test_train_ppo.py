@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from tiny_road import (LONG, PROMPTS, Scaler, chat, collect, digest, logprobs_of, nudge, places,
                        poison, ppo_loss, refill, results, sample_apart, sampled_texts, scores_alone,
-                       sequences, start, watch, watched_steps, without_clock, write_rows)
+                       sequences, start, watch, watched_steps, without_clock, without_preflight,
+                       write_rows)
 
 import train_ppo
 from conftest import (END, PROMPT, RESPONSES, TEMPERATURE, close, gradients, policy_and_reference,
@@ -162,8 +163,8 @@ def test_check_04_a_run_with_lr_0_keeps_every_ratio_at_1(dtype, tolerance, road,
                                                          monkeypatch):
     calls = watch(monkeypatch, train_ppo, "ppo_policy_loss")
     history = road.run("ppo", tmp_path / "run", lr=0.0, num_steps=3, dtype=dtype)
-    assert len(calls) == 1 + 3 * 2 * 4  # the first is the preflight's
-    for new, old in new_and_old(calls[1:]):
+    assert len(calls) == 3 * 2 * 4
+    for new, old in new_and_old(calls):
         assert ((new - old).exp() - 1).abs().max() < tolerance
     for row in history:
         assert abs(row["approx_kl"]) < tolerance**2 and abs(row["ratio_mean"] - 1) < tolerance
@@ -363,7 +364,8 @@ def test_check_10_a_response_without_end_has_its_score_replaced(clip, road, tmp_
 @pytest.mark.parametrize("options", [dict(), dict(gamma=0.9, lam=0.5), dict(lam=1.0)])
 def test_check_10_nothing_bootstraps_from_beyond_the_last_token(options, road, tmp_path, double,
                                                                 monkeypatch):
-    plain = collect(road, tmp_path, max_new_tokens=6, **options)[0]
+    options = {**options, "max_new_tokens": 6, "micro_batch_size": 16}  # all rows at once
+    plain = collect(road, tmp_path, **options)[0]
     last = (plain["lengths"] - 2)[:, None]
     reward, value, advantage, future = (plain[name].gather(1, last) for name in (
         "rewards", "values", "advantages", "returns"))
@@ -373,7 +375,7 @@ def test_check_10_nothing_bootstraps_from_beyond_the_last_token(options, road, t
     beyond = lambda idx: torch.arange(idx.shape[1]) >= plain["lengths"][:, None] - 1  # (B, T)
     monkeypatch.setattr(ScalarModel, "forward", lambda self, idx: forward(self, idx).masked_fill(
         beyond(idx), 1000.0))
-    other = collect(road, tmp_path, max_new_tokens=6, **options)[0]
+    other = collect(road, tmp_path, **options)[0]
     for name in ("values", "advantages", "returns", "whitened_advantages"):
         assert torch.equal(other[name], plain[name]), name
 
@@ -396,13 +398,13 @@ def test_check_11_ppo_weighs_the_tokens_of_a_minibatch_alike(micro, road, tmp_pa
 
 
 def test_check_11_nan_at_filler_changes_nothing_in_a_rollout(road, tmp_path, monkeypatch):
-    plain, actor, reference, reward_model, cfg, run = collect(road, tmp_path)
+    plain, actor, reference, reward_model, cfg, run = collect(road, tmp_path, micro_batch_size=16)
     given = sampling.Rollout(*(plain[name] for name in ("tokens", "prompt_lens", "lengths",
                                                         "ended")))
     monkeypatch.setattr(train_ppo, "generate", lambda *args, **options: given)
     for model in (actor.policy, actor.critic, reference, reward_model.trunk):
         poison(model, plain["lengths"])
-    other = train_ppo.collect_rollout(actor, reference, reward_model, None, cfg.beta, cfg, run)
+    other = train_ppo.collect_rollout(actor, reference, reward_model, [None], cfg.beta, cfg, run)
     for name in plain:
         assert torch.equal(other[name], plain[name]), name
 
@@ -550,6 +552,7 @@ def test_check_18_ppo_charges_the_kl_in_the_reward_and_never_as_a_loss(road, tmp
 def keep_models(monkeypatch, stop_at=0):
     """The models that train_ppo.main works with, as [actor, reference, reward model] of each
     iteration; stop_at: the iteration that Ctrl-C ends before it begins."""
+    without_preflight(monkeypatch)
     kept, rollouts = [], train_ppo.collect_rollout
 
     def keep(actor, reference, reward_model, *rest):
@@ -888,9 +891,9 @@ def test_check_29_a_judges_zero_counts_in_the_mean(road, tmp_path, monkeypatch):
         heard.append((row["messages"][-1]["content"], response, ended))
         return {"score": verdicts[len(heard) % 4]}
 
-    monkeypatch.setattr(train_ppo, "load_function", lambda spec: judge)
+    monkeypatch.setattr(train_ppo, "load_judge", lambda spec, row: judge)
     rollouts = watch(monkeypatch, train_ppo, "collect_rollout")
-    history = road.run("ppo", tmp_path / "run", judge="judge.py:judge", dtype="float32",
+    history = road.run("ppo", tmp_path / "run", judge=f"{road.tools}:judge", dtype="float32",
                        max_new_tokens=6)
     assert [row["gold"] for row in history] == [0.25, 0.25]
     answered = []
@@ -950,7 +953,7 @@ def test_check_30_the_controller_sees_the_number_that_is_logged(target, road, tm
         assert row["reward"] == pytest.approx(row["score"] - beta * row["kl"], rel=1e-5)
         if target:
             error = max(-0.2, min(0.2, row["kl"] / target - 1))
-            beta *= 1 + error * 16 / 10_000
+            beta *= 1 + error * 16 / 1000
             errors.add(error)
     assert not target or (min(errors) == -0.2 and max(errors) > 0)  # too near, then too far
 
@@ -1033,7 +1036,8 @@ def test_check_31_an_updates_statistics_leave_the_filler_out(road, tmp_path):
             sums["value_loss"] += 0.5 * max((v - target) ** 2, (near - target) ** 2)
             sums["value_clip_frac"] += (near - target) ** 2 > (v - target) ** 2
             count += 1
-    assert 0.05 < sums["clip_frac"] / count < 0.95 and 0.05 < sums["value_clip_frac"] / count < 0.95
+    assert 0.03 < sums["clip_frac"] / count < 0.97
+    assert 0.03 < sums["value_clip_frac"] / count < 0.97
     for one in (rollout, spoilt(rollout, 0), spoilt(rollout, 5)):
         _, stats = ppo_loss(actor, one, list(range(16)), count, run)
         parts = [ppo_loss(actor, one, rows, count, run)[1]
@@ -1107,6 +1111,7 @@ def test_check_32_ppos_prompts_come_once_before_any_comes_again(road, tmp_path, 
 
 def test_check_32_each_pass_over_the_prompts_has_an_order_of_its_own(road, tmp_path, monkeypatch):
     """Bug: one permutation for all passes, so that the same prompts always meet in a rollout."""
+    without_preflight(monkeypatch)
     asked, collect_rollout = [], train_ppo.collect_rollout
 
     def spy(actor, reference, reward_model, prompts, *rest):

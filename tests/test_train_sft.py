@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from tiny_road import (CHAT, LONG, PROMPTS, answers_of, begin, chat, logprobs_of, loss_of, polite,
-                       rude, sampled_texts, share, start, template, watch, with_dropout, write_rows)
+                       rude, sampled_texts, share, start, template, watch, with_dropout,
+                       without_preflight, write_rows)
 
 import train_sft
 from conftest import close
@@ -72,6 +73,7 @@ def test_check_14_sft_trains_every_assistant_turn_with_its_end_and_nothing_else(
 def test_check_23_the_sft_loss_is_the_mean_over_all_trained_tokens_of_the_batch(road, tmp_path,
                                                                                monkeypatch):
     """Bug: a count of all tokens, of rows, or of the filler too."""
+    without_preflight(monkeypatch)
     batches, make_batch = [], train_sft.make_batch
     monkeypatch.setattr(train_sft, "make_batch", lambda examples, device:
                         batches.append(examples) or make_batch(examples, device))
@@ -88,8 +90,8 @@ def test_check_23_the_sft_loss_is_the_mean_over_all_trained_tokens_of_the_batch(
                 count += mask[t]
         return total / count
 
-    # The preflight's batch, the micro-batches of the only step, the held-out one.
-    _, *micro, held_out = batches
+    # The micro-batches of the only step, the held-out one.
+    *micro, held_out = batches
     assert [len(rows) for rows in micro] == [16, 16, 6] and len(held_out) == 2
     assert history[0]["loss"] == pytest.approx(nats(sum(micro, [])), rel=1e-5)
     assert history[0]["val_loss"] == pytest.approx(nats(held_out), rel=1e-5)

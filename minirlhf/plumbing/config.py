@@ -113,9 +113,9 @@ def check_numbers(cfg):
         name, value = field.name, getattr(cfg, field.name)
         if field.type not in (int, float):
             continue
-        if field.type is int and value >= (2**63 if name == "seed" else 10**9):
-            limit = "2^63" if name == "seed" else "a billion"
-            raise UserError(f"--{name}: expected a whole number below {limit}")
+        if field.type is int and value >= (2**63 if name == "seed" else 10**9 + 1):
+            limit = "below 2^63" if name == "seed" else "up to a billion"
+            raise UserError(f"--{name}: expected a whole number {limit}")
         expected = LIMITS.get(comments.get(name, "").rpartition("; ")[2], "from 0")
         least = 1 if "above 1" in expected else 0
         too_small = value <= least if "above" in expected else value < 0 and "sign" not in expected

@@ -81,6 +81,8 @@ def hash_files(value):
     """SHA-256 of a file, or of several with commas between, or of the file of `file.py:function`."""
     digests = []
     for path in (value[: value.index(".py:") + 3] if ".py:" in value else value).split(","):
+        if not path:
+            raise UserError(f"{value!r}: expected a file's name before and after each comma")
         with naming(path):
             digests.append(sha256_of(path))
     return "".join(digests)

@@ -168,10 +168,10 @@ class Run:
                 raise UserError(f"{path} is shorter than when the checkpoint was written; put it "
                                 "back as it was, or start anew with --overwrite")
             with writing(path), open(path, "rb+") as file:
-                file.truncate(size)
-                if size and (file.seek(size - 1), file.read())[1] != b"\n":
+                if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
                     raise UserError(f"{path} is not as the run wrote it; put it back as it was, or "
                                     "start anew with --overwrite")
+                file.truncate(size)
         self._trim_ledger(self.step)
         self.history = read_metrics(self.folder)
         if self.done:

@@ -33,8 +33,6 @@ BUGS = [
         "test_a_stage_on_a_gpu", "the stored reference log-probs are left on the CPU"),
     Bug("main", "lr_at(step - 1,", "lr_at((step - 1) * cfg.num_epochs,",
         "test_check_38_each_step", "DPO's schedule counts epochs, and climbs again"),
-    Bug("main", "due(step, cfg.save_every, num_steps)", "step % cfg.save_every == 0",
-        "test_the_last_steps_weights", "DPO's last step is not saved"),
     Bug("encode", 'if cfg.pairs == "best_worst"', "if cfg.pairs", "test_two_steps_with_each_choice",
         "an option that does nothing: DPO always takes best and worst"),
 ]

@@ -12,6 +12,4 @@ BUGS = [
         "held-out blocks are left on the CPU"),
     Bug("main", "lr_at(step - 1,", "lr_at(step,", "test_check_38_each_step",
         "pretraining's schedule counts from 1 and is a step ahead"),
-    Bug("main", "due(step, cfg.save_every, cfg.num_steps)", "step % cfg.save_every == 0",
-        "test_the_last_steps_weights", "pretraining's last step is not saved"),
 ]

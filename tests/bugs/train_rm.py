@@ -4,7 +4,7 @@ from bugs import Bug
 
 FILE = "train_rm.py"
 BUGS = [
-    Bug("measure_scores", "[rollout.ended]", "", "test_check_10",
+    Bug("sample_answers", " if ended]", "]", "test_check_10",
         "answers that never ended count in the scores' scale"),
     Bug("encode", "k, example[0]", "k, example[0][:-1]", "test_check_12",
         "the reward model reads answers without their end"),
@@ -16,9 +16,8 @@ BUGS = [
         "after a row that was left out, each example points to its neighbour's prompt"),
     Bug("evaluate", 'e["ranks"][i] < e["ranks"][j]', "i < j", "test_check_28",
         "ties count as pairs in the accuracy"),
-    Bug("measure_scores", "rollout.tokens, rollout.lengths",
-        "*pad_right([p + run.tokenizer.encode(run.tokenizer.decode_response(r)) "
-        "+ [run.tokenizer.end_id] for p, r in zip(part, rollout.responses())])",
+    Bug("sample_answers", "prompt + ids",
+        "prompt + run.tokenizer.encode(run.tokenizer.decode_response(ids)) + ids[-1:]",
         "test_check_36", "the scores' scale is measured on text that was encoded again"),
     Bug("make_batch", "places.to(device)", "places", "test_a_stage_on_a_gpu",
         "the answers' places in the tables are left on the CPU"),
@@ -26,6 +25,4 @@ BUGS = [
         "ranks are left on the CPU"),
     Bug("main", "lr_at(step - 1,", "lr_at((step - 1) * cfg.num_epochs,",
         "test_check_38_each_step", "the reward model's schedule counts epochs, and climbs again"),
-    Bug("main", "due(step, cfg.save_every, num_steps)", "step % cfg.save_every == 0",
-        "test_the_last_steps_weights", "the reward model's last step is not saved"),
 ]

@@ -18,10 +18,10 @@ BUGS = [
         "SFT takes the mean of the micro-batches' means"),
     Bug("evaluate", 'batch["mask"].sum().item()', 'batch["mask"].numel()', "test_check_31",
         "the held-out loss is divided by filler and prompt too"),
-    Bug("main", "[encoded[i] for i in order[num_held_out:]]", "encoded", "test_check_32",
+    Bug("main", "lengths = [len(ids)", "train = encoded\n    lengths = [len(ids)", "test_check_32",
         "held-out dialogues are trained on"),
     Bug("main", "lr_at(step - 1,", "lr_at((step - 1) * cfg.num_epochs,",
         "test_check_38_each_step", "SFT's schedule counts epochs, and climbs again"),
-    Bug("main", "due(step, cfg.save_every, num_steps)", "step % cfg.save_every == 0",
-        "test_the_last_steps_weights", "SFT's last step is not saved"),
+    Bug("main", "split_by_prompt(beginnings", "split_by_prompt(range(len(encoded))",
+        "test_no_held_out_dialogue", "rows are held out, not prompts"),
 ]

@@ -224,7 +224,7 @@ CASES = [
            "x.png"),
     looked("plot", "nothing that is drawn", metrics('{"step": 1, "lr": 1}\n' * 3), "was logged",
            "--save", "x.png"),
-    looked("plot", "metrics that are no UTF-8", metrics(b"\xff\xfe{}\n"), "expected UTF-8",
+    looked("plot", "metrics that are no UTF-8", metrics(b"\xff\xfe{}\n"), "found text in UTF-16",
            "--save", "x.png"),
     looked("microscope", "a broken line in the middle", metrics(
         '{"step": 1, "beta": 1}\nnonsense}\n{"step": 2}\n'), "metrics.jsonl, line 2"),

@@ -23,7 +23,7 @@ def numbers():
     steps = {"pretrain": "num_steps", "sft": "num_epochs", "rm": "num_epochs",
              "dpo": "num_epochs", "ppo": "num_steps"}
     for stage, length in steps.items():
-        yield option(stage, length, HUGE, f"--{length}: expected a whole number below a billion")
+        yield option(stage, length, HUGE, f"--{length}: expected a whole number up to a billion")
         yield option(stage, length, 0, f"--{length} 0: expected a number above 0")
         yield option(stage, length, -3, f"--{length} -3: expected a number above 0")
         yield option(stage, length, "1.5", f"argument --{length}: invalid int value: '1.5'")
@@ -43,7 +43,7 @@ def numbers():
         yield option(stage, "device", "banana", "--device banana: no such device")
         yield option(stage, "device", "meta", "--device meta: no such device")
     for stage in ("pretrain", "sft", "rm", "dpo"):
-        yield option(stage, "batch_size", HUGE, "--batch_size: expected a whole number below")
+        yield option(stage, "batch_size", HUGE, "--batch_size: expected a whole number up to")
         yield option(stage, "batch_size", 0, "--batch_size 0: expected a number above 0")
         yield option(stage, "warmup", -1, "--warmup -1: expected a number from 0")
     for stage in ("sft", "rm", "dpo"):
@@ -82,7 +82,7 @@ CASES = [
         "train_pretrain.py", "--size", "llama2-7b", "--n_embd", "64", f"--text={road.text}",
         f"--tokenizer={road.folder / 'tokenizer.json'}", f"--out={folder / 'run'}"],
         "--size llama2-7b has 4096 for --n_embd"),
-    option("ppo", "rollout_size", HUGE, "--rollout_size: expected a whole number below a billion"),
+    option("ppo", "rollout_size", HUGE, "--rollout_size: expected a whole number up to a billion"),
     option("ppo", "rollout_size", 10**8, "are more than any run samples"),
     option("ppo", "rollout_size", 0, "--rollout_size 0: expected a number above 0"),
     option("ppo", "minibatch_size", 0, "--minibatch_size 0: expected a number above 0"),

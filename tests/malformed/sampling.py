@@ -50,8 +50,9 @@ CASES = [
          lambda road, folder: {}, "--plain", prompt="cow?", num_samples=10**9),
     case("a batch of millions", "--batch_size 4000000: expected at most 100,000 sequences",
          prompt="cow?", num_samples=4_000_000, batch_size=4_000_000),
-    saved("the largest number of samples", "more than 5,000,000", num_samples=2**63 - 1),
-    saved("more than the largest", "below 2^63", num_samples=2**63),
+    saved("the largest number of samples", "--num_samples: expected a whole number up to a billion",
+          num_samples=2**63 - 1),
+    saved("more than the largest", "up to a billion", num_samples=2**63),
     saved("a temperature that overflows", "--temperature 1e-30: expected 0 (greedy)",
           temperature=1e-30),
     saved("a temperature just too small", "expected 0 (greedy), or from 0.001", temperature=9e-4),
@@ -84,7 +85,7 @@ CASES = [
         "save": write(folder, "s.jsonl", '["samples"]\n')}),
     saved("--save onto brackets without end", "exists, and minirlhf did not write it",
           lambda road, folder: {"save": write(folder, "s.jsonl", "[" * 100_000)}),
-    saved("--save onto bytes", "expected UTF-8 text", lambda road, folder: {
+    saved("--save onto bytes", "expected text in UTF-8, found text in UTF-16", lambda road, folder: {
         "save": write(folder, "s.jsonl", b"\xff\xfe")}),
     saved("--save onto what only says gzip", "expected a whole gzip file", lambda road, folder: {
         "save": write(folder, "s.jsonl.gz", "{}")}),

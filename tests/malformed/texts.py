@@ -63,7 +63,7 @@ CASES = [
     pretrain("hardly any text", "a.txt", "The cow says moo.\n", "tokens"),
     Case("pretrain: a comma after the last file", lambda road, folder: [
         "train_pretrain.py", "--text", write(folder, "a.txt", TEXT) + ",", "--tokenizer",
-        road.folder / "tokenizer.json", "--out", folder / "run"], "expected a name in .txt"),
+        road.folder / "tokenizer.json", "--out", folder / "run"], "expected a file's name before and after each comma"),
     tokenizer("a row that is no dialogue", "a.jsonl", [{"messages": [{"role": "bot",
                                                                       "content": "a"}]}],
               "found bot"),
