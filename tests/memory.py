@@ -14,13 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).resolve()
-os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))
 # Memory that is freed goes back to the system at once, so that the mark means what is in use.
 if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     os.execv(sys.executable, [sys.executable, *sys.argv])
+ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).resolve()
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
@@ -76,8 +76,8 @@ def main():
             prompts=str(folder / "prompts.jsonl"), num_steps=2, dtype="float32", ledger_every=1))
         sys.stdout = sys.__stdout__
     marks["iterations"] = high_water_mark()
-    print(f"{ROOT.name}: before {start:.2f} GB, preflight {marks['preflight']:.2f} GB, two "
-          f"iterations {marks['iterations']:.2f} GB")
+    print(f"{ROOT.name}: before {start:.2f} GB, preflight {marks['preflight']:.3f} GB, two "
+          f"iterations {marks['iterations']:.3f} GB")
 
 
 if __name__ == "__main__":

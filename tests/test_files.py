@@ -31,7 +31,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
-    (gzip.compress(b"one"), "doesn't end in .gz; rename it"), (b"PK\x03\x04one", "zip archive"),
+    (gzip.compress(b"one", mtime=0), "doesn't end in .gz; rename it"), (b"PK\x03\x04one", "zip archive"),
     (b"PAR1one", "Parquet"), ("one".encode("utf-16"), "UTF-16; save it as UTF-8"),
     ("one".encode("utf-16-be"), "something else")])
 def test_a_file_of_another_kind_is_called_by_its_name(content, words, tmp_path):

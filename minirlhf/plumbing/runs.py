@@ -81,9 +81,10 @@ class Run:
             with torch.no_grad():
                 for other in also:
                     other()
-            with self.autocast():
-                losses = train()
-            losses.sum().backward()
+            for _ in range(2):  # the second time beside the gradients of the first
+                with self.autocast():
+                    losses = train()
+                losses.sum().backward()
             for p in trained:
                 p.grad = None
             del adam
