@@ -5,7 +5,7 @@ r"""Does one model answer better than another? Win rates, intervals, scores, KL,
 
 Every model answers the same held-out prompts at temperature 1 and greedily. The judge (where there
 is none, the reward model) scores each answer; A beats B on a prompt where its score is higher, and
-a tie counts half. Intervals are 95%, from a bootstrap over prompts. Beside the models stand baselines
+a tie counts half. Intervals are 95%, from a bootstrap over prompts. Beside them stand baselines
 that cost nothing: greedy decoding, a fixed courtesy put before every answer, refusing everything,
 and the best of K samples by the reward model.
 """

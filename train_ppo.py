@@ -150,7 +150,7 @@ def score_responses(reward_model, rollout, cfg, run):
 
 @torch.no_grad()
 def reward_tokens(reference, rollout, beta, cfg, run):
-    """KL reward: every token pays for its distance to the reference, the last one gets the score."""
+    """KL reward: each token pays for its distance to the reference, the last one gets the score."""
     tokens, mask = rollout["tokens"], rollout["response_mask"]  # (B, T), (B, T-1)
 
     def read(tokens):  # (b, T)
@@ -310,7 +310,7 @@ def main(cfg):
     num_needed = cfg.num_steps * cfg.rollout_size
     if num_needed > 10**8:
         raise UserError(f"--num_steps {cfg.num_steps} of --rollout_size {cfg.rollout_size}: "
-                        f"{num_needed:,} responses are more than any run samples; lower one of them")
+                        f"{num_needed:,} responses are more than any run samples; lower one")
     passes = [torch.randperm(len(prompts), generator=run.data_order)
               for _ in range(math.ceil(num_needed / len(prompts)))]
     plan = torch.cat(passes)[:num_needed].view(cfg.num_steps, cfg.rollout_size).tolist()
@@ -338,9 +338,9 @@ def main(cfg):
         return collect_rollout(actor, reference, reward_model, [max(prompts, key=len)]
                                * cfg.rollout_size, cfg.beta, cfg, run, stop_ids=[-1])
 
-    rows_at_once = list(range(min(cfg.rollout_size, cfg.minibatch_size,
-                                  cfg.micro_batch_size or cfg.minibatch_size)))
-    run.preflight(actor, lambda: loss_of(actor, make_batch(largest_rollout(), rows_at_once), cfg)[0],
+    some = list(range(min(cfg.rollout_size, cfg.minibatch_size,
+                          cfg.micro_batch_size or cfg.minibatch_size)))
+    run.preflight(actor, lambda: loss_of(actor, make_batch(largest_rollout(), some), cfg)[0],
                   [lambda: tensors_of(actor, largest_rollout(), cfg, run)],
                   options="--sample_batch_size, --micro_batch_size or --max_new_tokens")
     # A checkpoint holds the policy as `model`, which later stages load, and the critic in `actor`.

@@ -86,7 +86,7 @@ def evaluate(model, blocks, cfg, run):
 
 
 def shape_of(cfg):
-    """The model's config. UserError where --size names one and another option wants to change it."""
+    """The model's config. UserError where --size names one and another option would change it."""
     own = {name: getattr(cfg, name) for name in ModelConfig.__annotations__ if hasattr(cfg, name)}
     if not cfg.size:
         return ModelConfig(**own)

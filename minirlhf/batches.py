@@ -139,8 +139,9 @@ def micro_batches(examples, size):
 def split_by_prompt(prompts, share, generator):
     """Indices of training rows and of held-out rows: (list, list).
 
-    prompts: one text, or tuple of ids, per row; share: of the distinct prompts to hold out, at least one. All rows of
-    a prompt stay on one side, else held-out pairs would ask about prompts already seen.
+    prompts: one text, or tuple of ids, per row; share: of the distinct prompts to hold out, at
+    least one. All rows of a prompt stay on one side, else held-out pairs would ask about prompts
+    already seen.
     """
     distinct = sorted(set(prompts))
     order = torch.randperm(len(distinct), generator=generator).tolist()

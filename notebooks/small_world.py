@@ -4,8 +4,8 @@
 or a critic has a head of 64 weights and a bias in place of the unembedding: 65 more, 107,905.)
 
 The notebooks train their models with this file, so that what they print never depends on what lies
-in `out/`. Only two skills are left of the world in `data/toy`: the sounds of animals, and deeds that
-are to be refused. Everything else is the real thing: the same sentences, the same judge and
+in `out/`. Only two skills are left of the world in `data/toy`: the sounds of animals, and deeds
+that are to be refused. Everything else is the real thing: the same sentences, the same judge and
 annotators, and the `main` of the same scripts, with small numbers.
 
     folder = small_world.make()               data files and a tokenizer, in a temporary folder
@@ -170,7 +170,7 @@ def mean(verdicts, part="score"):
 
 
 def per_prompt(verdicts, part="score", num_samples=1):
-    """The mean of one part over the `num_samples` verdicts of each prompt: one number per prompt."""
+    """The mean of one part over the `num_samples` verdicts of each prompt: a number per prompt."""
     return [mean(verdicts[i : i + num_samples], part)
             for i in range(0, len(verdicts), num_samples)]
 

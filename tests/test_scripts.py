@@ -129,9 +129,10 @@ ACTS = {
                                     num_normalize=8, max_new_tokens=7, seed=1)),
     "dpo": (dict(num_epochs=1), dict(SCHEDULE, num_epochs=2, held_out=0.5, beta=0.1,
                                      label_smoothing=0.1, seed=1)),
-    "ppo": (dict(lr=3e-3, critic_lr=3e-3, stop_kl=0.0, micro_batch_size=0, max_new_tokens=6), dict(
+    "ppo": (dict(lr=3e-3, critic_lr=3e-3, stop_kl=0.0, micro_batch_size=0, max_new_tokens=6,
+                 kl_target=0.5), dict(
         num_steps=3, rollout_size=4, max_new_tokens=5, temperature=0.7, num_epochs=1,
-        minibatch_size=8, lr=1e-4, critic_lr=1e-4, final_lr=0.9, beta=0.5, kl_target=1.0, gamma=0.9,
+        minibatch_size=8, lr=1e-4, critic_lr=1e-4, final_lr=0.9, beta=0.5, kl_target=0.0, kl_horizon=100, gamma=0.9,
         lam=1.0, clip_range=0.01, value_clip=0.0, score_clip=0.1, missing_end_score=-1.0,
         stop_kl=1e-9, grad_clip=0.05, vf_coef=1.0, seed=1)),
 }

@@ -98,7 +98,7 @@ def check_inputs(ckpt, facts):
         if now == digest:
             facts.append(f"--{name} {value}: unchanged, {digest[:12]}")
         else:
-            faults.append(f"--{name} {value} has changed since: it was {digest[:12]}, is {now[:12]}")
+            faults.append(f"--{name} {value} has changed: it was {digest[:12]}, is {now[:12]}")
     return faults
 
 

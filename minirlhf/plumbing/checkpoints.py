@@ -49,7 +49,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(folder, stage=None, kind=None):
-    """Read folder/ckpt.pt (or a path to a .pt file) as a dict, checked so that a model can be built.
+    """Read folder/ckpt.pt (or a path to a .pt file) as a dict, checked: a model can be built of it.
 
     stage: the one that makes it, such as "sft", for the message where it is missing; without it the
     folder's name tells the stage, if it is one. kind: "gpt" or "scalar", what the caller needs.

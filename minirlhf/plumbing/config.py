@@ -15,8 +15,8 @@ from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import read_file
 
 LIMITS = {  # how a number's comment may end, and what is then expected of it
-    "above 0": "above 0", "above 1": "above 1", "up to 1": "from 0 up to 1", "above 0, up to 1": "above 0 up to 1",
-    "any sign": "of any sign",
+    "above 0": "above 0", "above 1": "above 1", "up to 1": "from 0 up to 1",
+    "above 0, up to 1": "above 0 up to 1", "any sign": "of any sign",
 }
 
 

@@ -41,8 +41,8 @@ def read_metrics(folder):
             rows.append({"step": int(row["step"]), **{k: float(v) for k, v in row.items()
                                                       if k != "step"}})
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError, OverflowError):
-            raise UserError(f'{path}, line {number}: expected {{"step": number, ...}} with a number '
-                            f"under each key, found {line[:60]!r}; remove the line") from None
+            raise UserError(f'{path}, line {number}: expected {{"step": number, ...}} with a '
+                            f"number under each key, found {line[:60]!r}; remove the line") from None
     return rows
 
 
@@ -78,7 +78,7 @@ def hash_inputs(cfg, needed, reads):
 
 
 def hash_files(value):
-    """SHA-256 of a file, or of several with commas between, or of the file of `file.py:function`."""
+    """SHA-256 of a file, of several with commas between, or of the file of `file.py:function`."""
     digests = []
     for path in (value[: value.index(".py:") + 3] if ".py:" in value else value).split(","):
         if not path:

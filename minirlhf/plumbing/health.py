@@ -10,7 +10,7 @@ def not_finite(value):
 
 @torch.no_grad()
 def name_the_bad(model, batch, values):
-    """The first tensor, in the order in which a step makes them, that holds NaN or infinity: a name.
+    """The name of the first tensor, in the order in which a step makes them, that is not finite.
 
     model: called on batch["tokens"]; batch: {name: tensor}; values: {name: number or tensor}, what
     the step computed. First come the weights, then what the batch brought along, then each layer's

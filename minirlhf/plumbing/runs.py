@@ -19,8 +19,8 @@ from minirlhf.plumbing.devices import (autocast, memory_of, pick_device, pick_dt
                                        set_random_states, set_threads)
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import flush, lock, write_atomically, write_text, writing
-from minirlhf.plumbing.folders import (FILES, LEDGER_FILE, LOGS, check_folder, check_same_run, claims,
-                                       hash_inputs, read_metrics)
+from minirlhf.plumbing.folders import (FILES, LEDGER_FILE, LOGS, check_folder, check_same_run,
+                                       claims, hash_inputs, read_metrics)
 from minirlhf.plumbing.health import name_the_bad, not_finite
 
 
@@ -354,8 +354,8 @@ def start_run(cfg, needs, reads=()):
         needed[name] = load_checkpoint(getattr(cfg, name), stage, kind)
         if not needed[name].get("done", True):
             raise UserError(f"--{name} {getattr(cfg, name)}: that run stands at step "
-                            f"{needed[name]['step']} of {needed[name]['num_steps']}; finish it with "
-                            "--resume")
+                            f"{needed[name]['step']} of {needed[name]['num_steps']}; finish it "
+                            "with --resume")
     set_threads(cfg.threads)
     inputs = hash_inputs(cfg, needed, reads)
     if cfg.resume:
