@@ -236,7 +236,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             with run.autocast():
                 losses, part = loss_of(actor, batch, cfg)
             micro_loss = losses.sum() / denominator
-            run.check_finite(actor.policy, batch, loss=micro_loss)
+            run.check_finite(actor, batch, loss=micro_loss)
             run.scaler.scale(micro_loss).backward()
             share = batch["response_mask"].sum() / denominator  # of the minibatch's tokens
             stats = {name: stats.get(name, 0) + value * share for name, value in part.items()}
@@ -249,7 +249,7 @@ def ppo_update(actor, optimizers, rollout, cfg, run, order):
             run.scaler.unscale_(optimizer)
             params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-            run.check_finite(actor.policy, batch, grad_norm=norm)
+            run.check_finite(actor, batch, grad_norm=norm)
             norms.setdefault(name, []).append(norm)  # of each step that is made
             run.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)

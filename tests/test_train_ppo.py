@@ -1314,3 +1314,17 @@ def test_ppo_samples_and_scores_in_the_type_that_was_asked_for(road, tmp_path, m
     for dtype in ("float32", "bfloat16"):
         collect(road, tmp_path / dtype, dtype=dtype)
     assert seen[0][0] is False and seen[1] == (True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", ["one token", "alike"])
+def test_explained_variance_of_equal_returns_is_0(width):
+    """Bug: 0 / 0 clamped to 0 / 1e-8, which logs a perfect critic, 1.000, where there is nothing to
+    explain, and one that is wrong by millions where the returns are equal and the values not."""
+    mask = torch.tensor([[True, width == "alike", False], [width == "alike", False, False]])
+    rollout = {"response_mask": mask, "returns": 2.0 * mask,
+               "values": torch.tensor([[1.0, 3.0, 0.0], [-1.0, 0.0, 0.0]]) * mask,
+               "scores": torch.ones(2), "ended": torch.tensor([True, True]),
+               **{name: torch.zeros(2, 3) for name in ("kl", "rewards", "entropy")}}
+    if width == "one token":
+        rollout = {name: value[:1] for name, value in rollout.items()}
+    assert float(train_ppo.summarise(rollout, 0.1)["explained_variance"]) == 0.0

@@ -103,6 +103,9 @@ def check_folder(cfg, out, needs):
         raise UserError(f"--resume: {out} holds no run to go on with; leave --resume out")
     if present and not is_run:
         raise UserError(f"{out} holds {present[0]}, which no run wrote there; give another --out")
+    for name in present:
+        if (out / name).is_dir():
+            raise UserError(f"{out / name} is a folder, where a run writes a file; move it away")
     if present and not (cfg.resume or cfg.overwrite):
         raise UserError(f"{out} already holds a run; give --resume to go on with it, --overwrite "
                         "to start anew, or another --out")

@@ -43,6 +43,9 @@ CASES = [
             "metrics.jsonl is shorter than when the checkpoint was written"),
     resumed("metrics that are a folder", lambda run: (
         (run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl"),
+    resumed("a folder in the place of the curves", lambda run: (
+        (run / "curves.png").unlink(missing_ok=True), (run / "curves.png").mkdir()),
+        "curves.png is a folder, where a run writes a file; move it away"),
     resumed("metrics of zeros", lambda run: write(run, "metrics.jsonl", b"\0" * 5000 + b"\n" * 999),
             "metrics.jsonl is not as the run wrote it"),
     resumed("samples gone", lambda run: (run / "samples.txt").unlink(), "samples.txt is shorter"),
