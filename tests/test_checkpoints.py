@@ -115,3 +115,22 @@ def test_a_finished_runs_weights_stand_in_safetensors_too(stage, road, tmp_path)
     model, weights = load_checkpoint(tmp_path)["model"], load_file(tmp_path / "model.safetensors")
     assert set(model) - set(weights) <= {"lm_head.weight", "trunk.wte.weight"}  # tied: stored once
     assert weights and all(torch.equal(model[name], weights[name]) for name in weights)
+
+
+def test_a_checkpoint_of_nan_is_refused(road, tmp_path):
+    """Bug: DPO started from one, and trained NaN to its end."""
+    ckpt = load_checkpoint(road.folder / "sft")
+    ckpt["model"]["trunk.norm_f.weight"][3] = float("nan")
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="trunk.norm_f.weight holds NaN or infinite numbers"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda ranks: ranks[:-4], lambda ranks: [*ranks, "abcdefgh"]])
+def test_a_tokenizer_of_another_size_than_the_embedding_is_refused(change, road, tmp_path):
+    """Bug: with too few tokens, the model samples ids that are no text."""
+    ckpt = load_checkpoint(road.folder / "sft")
+    ckpt["tokenizer"]["ranks"] = change(ckpt["tokenizer"]["ranks"])
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens, its embedding 350"):
+        load_checkpoint(tmp_path)

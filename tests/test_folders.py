@@ -205,7 +205,10 @@ def test_a_run_may_be_made_longer(stage, length, road, tmp_path, capsys):
     with pytest.raises(UserError, match=f"{length} was {base}, is {base - 1}"):
         road.run(stage, tmp_path, resume=True, **{**options, length: base - 1})
     capsys.readouterr()
-    longer = road.run(stage, tmp_path, resume=True, **{**options, length: base + 1})
+    try:
+        longer = road.run(stage, tmp_path, resume=True, **{**options, length: base + 1})
+    except UserError as error:
+        pytest.fail(f"it was refused: {error}")
     assert f"--{length} was {base}, is {base + 1}: from here on the learning rate follows" in (
         capsys.readouterr().out)
     assert longer[: len(short)] == short and len(longer) > len(short)
