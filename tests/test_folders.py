@@ -17,6 +17,7 @@ from minirlhf.plumbing.checkpoints import load_checkpoint
 from minirlhf.plumbing.config import parse_config
 from minirlhf.plumbing.errors import UserError
 from minirlhf.plumbing.files import lock
+from minirlhf.plumbing.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,12 +86,40 @@ def test_a_run_that_is_being_replaced_never_looks_finished(road, tmp_path, monke
     assert removed == ["ckpt.pt"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_killed_while_it_claims_its_folder_can_be_started_again(again, road, tmp_path,
+                                                                      monkeypatch):
+    """Bug: killed between two of its first files, a run left a folder that was then taken for
+    somebody's, with --overwrite too."""
+    if again:
+        road.run("sft", tmp_path, save_every=2)
+    for method in ("unlink", "write_bytes"):
+        for nth in range(1, 12):
+            calls, original = [], getattr(Path, method)
+
+            def dying(path, *args, **options):
+                calls.append(path)
+                if len(calls) == nth:
+                    raise KeyboardInterrupt
+                return original(path, *args, **options)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Path, method, dying)
+                patch.setattr(Run, "steps", lambda self: pytest.fail("stop"))
+                try:
+                    road.run("sft", tmp_path, overwrite=True)
+                except pytest.fail.Exception:  # it got through: nothing left to interrupt
+                    raise KeyboardInterrupt from None
+    road.run("sft", tmp_path, overwrite=True)
+
+
 # ---------------------------------------------------------------- one run at a time
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from minirlhf.plumbing.files import lock
+from minirlhf.plumbing.runs import Run
 held = lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -127,15 +127,17 @@ class Run:
         if ckpt is None:
             if self.cfg.resume:
                 print("resume | there is no checkpoint yet: starting from the first step")
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
+            for name in FILES:  # but config.json, which says that they are a run's: it is replaced
+                if name != "config.json":
+                    (self.folder / name).unlink(missing_ok=True)
             self._trim_ledger(0)
-            write_text(self.folder / "metrics.jsonl", "")
         else:
             self._go_on_from(ckpt, parts)
         settings = json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n"
-        write_text(self.folder / "config.json", settings)
+        write_text(self.folder / "config.json", settings)  # the first of all files
         write_text(self.folder / "run.json", json.dumps(claims(self), indent=2) + "\n")
+        if ckpt is None:
+            write_text(self.folder / "metrics.jsonl", "")
         if self.cfg.tensorboard:
             self._writer = open_tensorboard(self.folder)
 
