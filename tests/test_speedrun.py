@@ -463,7 +463,7 @@ def test_what_a_system_does_not_tell_is_left_out_and_said(monkeypatch, tmp_path,
     with speedrun.Stop() as stop:
         code, minutes, gb = stop.run(["python", "-c", "sum(i * i for i in range(2_000_000))"],
                                      dict(os.environ))
-        assert code == 0 and 0 < minutes < 0.5 and 0.001 < gb < 1
+        assert code == 0 and 0 < minutes < 0.5 and 0.001 < gb < 100  # a fork counts what it was
         monkeypatch.delattr(os, "wait4")
         assert stop.run(["python", "-c", "raise SystemExit(3)"], dict(os.environ)) == (3, None, None)
     log = {"cpu_minutes": {}, "peak_gb": {}}
