@@ -134,3 +134,19 @@ def test_a_tokenizer_of_another_size_than_the_embedding_is_refused(change, road,
     torch.save(ckpt, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens, its embedding 350"):
         load_checkpoint(tmp_path)
+
+
+def test_a_disk_that_changes_what_is_written_leaves_the_checkpoint_before(road, tmp_path,
+                                                                          monkeypatch):
+    ckpt, save = load_checkpoint(road.folder / "sft"), checkpoints.save_tensors
+    save_checkpoint(tmp_path, {**ckpt, "step": 1})
+
+    def spoil(value, path):
+        save(value, path)
+        flip(path)
+
+    monkeypatch.setattr(checkpoints, "save_tensors", spoil)
+    with pytest.raises(UserError, match="cannot be written .it did not reach the disk as it was"):
+        save_checkpoint(tmp_path, {**ckpt, "step": 2})
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

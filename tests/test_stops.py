@@ -104,6 +104,26 @@ def test_a_signal_before_the_loop_ends_it_at_once(monkeypatch):
         signals.on_signal(signal.SIGTERM, None)
 
 
+def test_a_signal_that_comes_too_late_for_a_steps_checkpoint_ends_the_run_a_step_later(
+        road, tmp_path, monkeypatch):
+    """Bug: between the question whether to save and the end of the step, it left with the words
+    "which is saved", and the step was lost."""
+    monkeypatch.setattr(signals, "received", None)
+    ask, asked = Run.save_due, []
+
+    def ask_and_signal(self):
+        answer = ask(self)
+        asked.append((self.step, answer))
+        if self.step == 2:
+            signals.received = signal.SIGTERM
+        return answer
+
+    monkeypatch.setattr(Run, "save_due", ask_and_signal)
+    with pytest.raises(signals.Stopped, match="stopped after step 3 of"):
+        road.run("sft", tmp_path, num_epochs=9, **OFTEN)
+    assert asked == [(1, False), (2, False), (3, True)] and load_checkpoint(tmp_path)["step"] == 3
+
+
 # ---------------------------------------------------------------- numbers that are none
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -166,8 +186,8 @@ def test_float16_may_skip_a_step_but_not_all_of_them(road, tmp_path):
     run, model, batch = broken_run(road, tmp_path, "float16")
     run.check_finite(model, batch, grad_norm=math.inf)
     run.restore(9)
-    run.log(1, loss=1.0, grad_norm=math.inf)
-    assert "grad_norm" not in run.history[-1] and run.history[-1]["loss"] == 1
+    run.log(1, loss=1.0, grad_norm=math.inf, critic_grad_norm=math.inf)
+    assert set(run.history[-1]) == {"step", "loss", "tok_per_s"}
     run.scaler.scale(torch.ones(1))  # it begins with the first loss
     run.scaler.update(2.0**-12)
     with pytest.raises(UserError, match="became NaN or infinite"):

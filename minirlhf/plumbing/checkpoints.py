@@ -24,6 +24,14 @@ KEYS = {"kind", "model", "model_config", "tokenizer"}  # what a next stage needs
 NAMES = ("ckpt.pt", "ckpt_previous.pt")  # the newest first
 
 
+def verify(path):
+    """Raise BadZipFile where a file's content doesn't have the checksums that stand beside it."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
 def read_checkpoint(path):
     """Read a checkpoint file as a dict; UserError where it is damaged or holds anything else.
 
@@ -31,10 +39,7 @@ def read_checkpoint(path):
     `weights_only=True`: a checkpoint from a stranger can hold tensors and plain values, no code.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        verify(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file the loader may trip over anything
         reason = str(error).partition("\n")[0][:80] or "it ends too early"
@@ -165,8 +170,10 @@ def save_checkpoint(folder, ckpt):
 
     def write(part):
         save_tensors({"format": FORMAT, **ckpt}, part)
-        damaged = zipfile.ZipFile(part).testzip()
-        assert damaged is None, f"{part}: {damaged} did not reach the disk as it was"
+        try:
+            verify(part)
+        except zipfile.BadZipFile as error:
+            raise OSError(f"it did not reach the disk as it was: {error}") from None
 
     write_atomically(fresh, write)
     with writing(newest):

@@ -45,6 +45,7 @@ class Run:
         self.history, self._clock, self._shown = [], time.time(), time.time()
         self.step, self.num_steps, self.done = 0, 0, False  # steps behind us, in all, and whether
         self._failure, self._writer, self._bar = None, None, None  # nothing is left to be done
+        self._saved = None  # the step of the last checkpoint that was written
         self.tokenizer = None
         for name, ckpt in needed.items():
             tokenizer = open_tokenizer(ckpt)
@@ -196,8 +197,8 @@ class Run:
         """The numbers of the steps that are left, up to num_steps.
 
         Between two steps it shows where the run is, and leaves if it is asked to: after Ctrl-C, or
-        with an error that `postponing` has kept. By then the step's checkpoint has been written,
-        since `save_due` says so.
+        with an error that `postponing` has kept. It leaves only after a step that was saved, as
+        `save_due` asks for; a signal that comes too late for that ends the run a step later.
         """
         bar = tqdm(total=self.num_steps, initial=self.step, disable=not sys.stderr.isatty(),
                    desc=self.folder.name, leave=False)
@@ -212,7 +213,7 @@ class Run:
                 self._show_progress((time.time() - started) / (self.step - first))
                 if self._failure:
                     raise self._failure
-                if signals.received:
+                if signals.received and self._saved == self.step:
                     raise signals.Stopped(signals.received, f"stopped after step {self.step} of "
                                           f"{self.num_steps}, which is saved; go on with: python "
                                           f"{Path(sys.argv[0]).name} --resume --out {self.folder}")
@@ -261,8 +262,8 @@ class Run:
     def log(self, num_tokens, **metrics):
         """Print a line and append its numbers to metrics.jsonl; num_tokens: since the last one."""
         row = {k: v.item() if isinstance(v, torch.Tensor) else float(v) for k, v in metrics.items()}
-        if self.scaler.is_enabled() and not_finite(row.get("grad_norm", 0)):
-            del row["grad_norm"]  # float16: the step was skipped
+        if self.scaler.is_enabled():  # float16: a step whose gradient overflowed was skipped
+            row = {k: v for k, v in row.items() if not (k.endswith("grad_norm") and not_finite(v))}
         for name, value in row.items():
             if not_finite(value):
                 raise UserError(f"step {self.step}: {name} is {value}, so the run ends; the last "
@@ -319,6 +320,7 @@ class Run:
             "scaler": self.scaler.state_dict(), "model": model.state_dict(),
             "sizes": {path.name: path.stat().st_size for path in logs},
             **{name: part.state_dict() for name, part in parts.items()}})
+        self._saved = self.step
         if self.done and importlib.util.find_spec("safetensors"):
             save_safetensors(model, self.folder / "model.safetensors")
 

@@ -5,7 +5,7 @@ from bugs import Bug
 FILE = "minirlhf/plumbing/checkpoints.py"
 BUGS = [
     Bug("frozen", ".eval()", "", "test_check_03", "frozen models keep their dropout"),
-    Bug("read_checkpoint", "if damaged:", "if False:", "test_a_flipped_bit",
+    Bug("verify", "if damaged:", "if False:", "test_a_flipped_bit",
         "a flipped bit in the weights is loaded without a word"),
     Bug("save_checkpoint", "os.replace(newest, previous)", "newest.unlink()", "test_the_last_two",
         "only one checkpoint is kept"),
